@@ -1,0 +1,5 @@
+"""The `mindspeed-serve` command."""
+
+
+def main() -> None:
+    raise SystemExit(0)
