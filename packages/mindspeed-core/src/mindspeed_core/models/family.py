@@ -41,6 +41,17 @@ class Architecture:
         """True when the output layer has a tensor of its own."""
         return not self.tied
 
+    def dimension(self, letter: str) -> int:
+        """Return the size that a letter of `Weight.dims` stands for."""
+        return {
+            "v": self.vocab_size,
+            "h": self.hidden_size,
+            "f": self.ffn_hidden_size,
+            "d": self.head_dim,
+            "nd": self.num_heads * self.head_dim,
+            "gd": self.num_query_groups * self.head_dim,
+        }[letter]
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -129,14 +140,18 @@ gated = Kind(
 class Weight:
     """One row of a family: a Megatron name, its kind, and the Hugging Face names it is packed from.
 
-    `{i}` stands for the layer, `{a,b}` for several tensors in that order.
+    `{i}` stands for the layer, `{a,b}` for several tensors in that order. Shapes are words: `v` vocabulary, `h` hidden,
+    `f` feed-forward, `d` head, `nd` all query heads, `gd` all key/value heads.
     """
 
     megatron: str
     kind: Kind
     hf: str
+    dims: str  # the shape of the Hugging Face tensors, in the letters of `Architecture.dimension`; `|` between several
     when: str | None = None  # the Architecture switch this row needs
-    init: str = "normal"  # normal | scaled (by 1/sqrt(2 layers), Megatron's rule for what writes the residual) | ones | zeros
+    init: str = (
+        "normal"  # normal | scaled (by 1/sqrt(2 layers), Megatron's rule for what writes the residual) | ones | zeros
+    )
 
     def hf_names(self, layer: int | None = None) -> list[str]:
         """Return the Hugging Face names of this row for one layer."""
@@ -145,6 +160,11 @@ class Weight:
         if match is None:
             return [name]
         return [name[: match.start()] + part + name[match.end() :] for part in match[1].split(",")]
+
+    def hf_shapes(self, arch: Architecture) -> list[tuple[int, ...]]:
+        """Return the shapes of the Hugging Face tensors, in the order of `hf_names`."""
+        shapes = [tuple(arch.dimension(letter) for letter in one.split()) for one in self.dims.split("|")]
+        return shapes * len(self.hf_names()) if len(shapes) == 1 else shapes
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mindspeed_core.errors import InputError
 from mindspeed_core.models.family import Architecture, Family, Weight, gated, qkv, replicated, row, vocab
 
 
@@ -19,8 +20,28 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": float(theta), "rope_scaling": None if kind == "default" else parameters}
 
 
+def refuse(config: Mapping[str, Any], *switches: str) -> None:
+    """Raise where the configuration asks for what the table below has no rows for."""
+    for switch in switches:
+        if config.get(switch):
+            raise InputError(
+                f"config.json: {switch}={config[switch]} is not supported for {config.get('architectures')}"
+            )
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(
+            f"config.json: hidden_act={config['hidden_act']} is not supported; this family computes SwiGLU (silu)"
+        )
+
+
 def decoder(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that all Llama-like configurations share."""
+    missing = [
+        key
+        for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+        if key not in config
+    ]
+    if missing:
+        raise InputError(f"config.json: {', '.join(missing)} missing; a Llama-like model cannot be built without")
     heads = config["num_attention_heads"]
     return {
         "num_layers": config["num_hidden_layers"],
@@ -39,22 +60,24 @@ def decoder(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Return the architecture of a Llama configuration; biased projections exist in no released checkpoint."""
+    refuse(config, "attention_bias", "mlp_bias")
     return Architecture(**decoder(config))
 
 
 WEIGHTS = (
-    Weight("embedding.word_embeddings.weight", vocab, "model.embed_tokens.weight"),
-    Weight("decoder.layers.{i}.input_layernorm.weight", replicated, "model.layers.{i}.input_layernorm.weight", init="ones"),
-    Weight("decoder.layers.{i}.self_attention.linear_qkv.weight", qkv, "model.layers.{i}.self_attn.{q,k,v}_proj.weight"),
-    Weight("decoder.layers.{i}.self_attention.linear_qkv.bias", qkv, "model.layers.{i}.self_attn.{q,k,v}_proj.bias", when="qkv_bias", init="zeros"),
-    Weight("decoder.layers.{i}.self_attention.q_layernorm.weight", replicated, "model.layers.{i}.self_attn.q_norm.weight", when="qk_norm", init="ones"),
-    Weight("decoder.layers.{i}.self_attention.k_layernorm.weight", replicated, "model.layers.{i}.self_attn.k_norm.weight", when="qk_norm", init="ones"),
-    Weight("decoder.layers.{i}.self_attention.linear_proj.weight", row, "model.layers.{i}.self_attn.o_proj.weight", init="scaled"),
-    Weight("decoder.layers.{i}.pre_mlp_layernorm.weight", replicated, "model.layers.{i}.post_attention_layernorm.weight", init="ones"),
-    Weight("decoder.layers.{i}.mlp.linear_fc1.weight", gated, "model.layers.{i}.mlp.{gate,up}_proj.weight"),
-    Weight("decoder.layers.{i}.mlp.linear_fc2.weight", row, "model.layers.{i}.mlp.down_proj.weight", init="scaled"),
-    Weight("decoder.final_layernorm.weight", replicated, "model.norm.weight", init="ones"),
-    Weight("output_layer.weight", vocab, "lm_head.weight", when="untied"),
+    Weight("embedding.word_embeddings.weight", vocab, "model.embed_tokens.weight", "v h"),
+    Weight("decoder.layers.{i}.input_layernorm.weight", replicated, "model.layers.{i}.input_layernorm.weight", "h", init="ones"),
+    Weight("decoder.layers.{i}.self_attention.linear_qkv.weight", qkv, "model.layers.{i}.self_attn.{q,k,v}_proj.weight", "nd h|gd h|gd h"),
+    Weight("decoder.layers.{i}.self_attention.linear_qkv.bias", qkv, "model.layers.{i}.self_attn.{q,k,v}_proj.bias", "nd|gd|gd", when="qkv_bias", init="zeros"),
+    Weight("decoder.layers.{i}.self_attention.q_layernorm.weight", replicated, "model.layers.{i}.self_attn.q_norm.weight", "d", when="qk_norm", init="ones"),
+    Weight("decoder.layers.{i}.self_attention.k_layernorm.weight", replicated, "model.layers.{i}.self_attn.k_norm.weight", "d", when="qk_norm", init="ones"),
+    Weight("decoder.layers.{i}.self_attention.linear_proj.weight", row, "model.layers.{i}.self_attn.o_proj.weight", "h nd", init="scaled"),
+    Weight("decoder.layers.{i}.pre_mlp_layernorm.weight", replicated, "model.layers.{i}.post_attention_layernorm.weight", "h", init="ones"),
+    Weight("decoder.layers.{i}.mlp.linear_fc1.weight", gated, "model.layers.{i}.mlp.{gate,up}_proj.weight", "f h"),
+    Weight("decoder.layers.{i}.mlp.linear_fc2.weight", row, "model.layers.{i}.mlp.down_proj.weight", "h f", init="scaled"),
+    Weight("decoder.final_layernorm.weight", replicated, "model.norm.weight", "h", init="ones"),
+    Weight("output_layer.weight", vocab, "lm_head.weight", "v h", when="untied"),
 )  # fmt: skip
 
 

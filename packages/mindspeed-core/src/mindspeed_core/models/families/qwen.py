@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mindspeed_core.models.families.llama import WEIGHTS, decoder
+from mindspeed_core.models.families.llama import WEIGHTS, decoder, refuse
 from mindspeed_core.models.family import Architecture, Family
 
 
 def qwen2(config: Mapping[str, Any]) -> Architecture:
+    """Return the architecture of a Qwen2 or Qwen2.5 configuration."""
+    refuse(config, "use_sliding_window")
     return Architecture(**decoder(config), qkv_bias=True)
 
 
 def qwen3(config: Mapping[str, Any]) -> Architecture:
-    return Architecture(**decoder(config), qkv_bias=config.get("attention_bias", False), qk_norm=True)
+    """Return the architecture of a Qwen3 configuration."""
+    refuse(config, "attention_bias", "use_sliding_window")
+    return Architecture(**decoder(config), qk_norm=True)
 
 
-def _size(kind: str, layers: int, hidden: int, ffn: int, heads: int, groups: int, vocab_size: int, head_dim: int, tied: bool) -> dict[str, Any]:
+def _size(
+    kind: str, layers: int, hidden: int, ffn: int, heads: int, groups: int, vocab_size: int, head_dim: int, tied: bool
+) -> dict[str, Any]:
     return {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
