@@ -1,0 +1,67 @@
+"""The operators that models are built on, each with a reference in plain torch and an NPU side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from mindspeed_core.device import Device
+from mindspeed_core.errors import InputError
+from mindspeed_core.kernels import attention, cross_entropy, rms_norm, rotary, swiglu
+from mindspeed_core.recipe import Section
+
+Choice = Literal["auto", "reference", "fused"]
+
+
+class KernelConfig(Section):
+    """Section `kernels`: which side of each operator runs.
+
+    `auto` takes what is fastest on the device, `reference` plain torch everywhere, `fused` the device's own operators
+    or an error where it has none.
+    """
+
+    attention: Choice = "auto"
+    rms_norm: Choice = "auto"
+    swiglu: Choice = "auto"
+    rotary: Choice = "auto"
+    cross_entropy_chunk: int = Field(256, ge=0)  # tokens whose logits exist at once; 0 keeps all of them
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One callable per operator, chosen once; modules keep the callable they need."""
+
+    attention: Callable[..., Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
+    rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    cross_entropy_chunk: int = 256
+
+
+SIDES: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "attention": {"reference": attention.reference, "npu": attention.npu},
+    "rms_norm": {"reference": rms_norm.reference, "npu": rms_norm.npu},
+    "swiglu": {"reference": swiglu.reference, "npu": swiglu.npu},
+    "rotary": {"reference": rotary.reference, "npu": rotary.npu},
+}
+
+
+def select(device: Device, config: KernelConfig | None = None) -> Kernels:
+    """Return the kernels for `device`."""
+    config = config or KernelConfig()
+    chosen = {}
+    for name, sides in SIDES.items():
+        choice: Choice = getattr(config, name)
+        if choice == "fused" and device.type not in sides:
+            raise InputError(f"kernels.{name}=fused: {device.type} has no fused {name}; use auto or reference")
+        chosen[name] = sides[
+            "reference" if choice == "reference" else device.type if device.type in sides else "reference"
+        ]
+    return Kernels(**chosen, cross_entropy_chunk=config.cross_entropy_chunk)
+
+
+__all__ = ["Choice", "KernelConfig", "Kernels", "cross_entropy", "select"]

@@ -149,9 +149,7 @@ class Weight:
     hf: str
     dims: str  # the shape of the Hugging Face tensors, in the letters of `Architecture.dimension`; `|` between several
     when: str | None = None  # the Architecture switch this row needs
-    init: str = (
-        "normal"  # normal | scaled (by 1/sqrt(2 layers), Megatron's rule for what writes the residual) | ones | zeros
-    )
+    init: str = "normal"  # normal | scaled (normal / sqrt(2 layers), for what writes the residual) | ones | zeros
 
     def hf_names(self, layer: int | None = None) -> list[str]:
         """Return the Hugging Face names of this row for one layer."""

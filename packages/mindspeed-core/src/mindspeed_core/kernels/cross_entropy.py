@@ -1,0 +1,112 @@
+"""The output layer and its cross entropy in one operator, over a vocabulary cut across ranks.
+
+The logits of a large vocabulary are the largest tensor of a training step, and most of their time is memory traffic.
+`chunked` makes them for a few tokens at a time and turns them into gradients at once, so that only a chunk of them ever
+exists. Rank r holds rows [r * V/tp, (r + 1) * V/tp) of the output matrix; rows at and past `vocab_size` are padding and
+take no part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, vocab_size: int) -> Tensor:
+    """Return sum(weights * cross entropy) for one rank that holds the whole vocabulary.
+
+    hidden [n, h], weight [V, h], labels [n] in [0, vocab_size), weights [n] fp32; the result is an fp32 scalar.
+    """
+    logits = (hidden @ weight[:vocab_size].T).float()
+    return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+
+
+def chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    chunk: int = 256,
+) -> Tensor:
+    """As `reference`, over the ranks of `group`, `chunk` tokens at a time (0: all at once).
+
+    Every rank passes the same hidden, labels and weights and its own rows of `weight`. The gradient of `hidden` is this
+    rank's share: the caller's copy to the tensor-parallel region sums it.
+    """
+    return _Chunked.apply(hidden, weight, labels, weights, vocab_size, group, chunk or max(1, hidden.shape[0]))
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        vocab_size: int,
+        group: dist.ProcessGroup | None,
+        chunk: int,
+    ) -> Tensor:
+        if group is not None and group.size() == 1:
+            group = None
+        rows = weight.shape[0]
+        first = 0 if group is None else group.rank() * rows
+        real = min(rows, max(0, vocab_size - first))  # rows of this rank that are no padding
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        # fp32: the sum over chunks would lose the small terms in bf16
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            x, local, scale = hidden[part], labels[part] - first, weights[part].float()
+            logits = (x @ weight.T).float()  # [c, rows]
+            if real < rows:
+                logits[:, real:] = float("-inf")
+            peak = logits.amax(-1)
+            if group is not None:
+                dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+            logits -= peak[:, None]
+            mine = (local >= 0) & (local < rows)
+            at = local.clamp(0, rows - 1)[:, None]
+            target = logits.gather(1, at)[:, 0].masked_fill(~mine, 0.0)
+            probabilities = logits.exp_()
+            sums = probabilities.sum(-1)
+            if group is not None:
+                both = torch.stack((sums, target))
+                dist.all_reduce(both, group=group)
+                sums, target = both.unbind(0)
+            total += ((sums.log() - target) * scale).sum()
+            if not (need_hidden or need_weight):
+                continue
+            # d loss / d logits = (softmax - one hot) * weight of the token
+            probabilities *= (scale / sums)[:, None]
+            probabilities.scatter_add_(1, at, torch.where(mine, -scale, torch.zeros_like(scale))[:, None])
+            gradient = probabilities.to(x.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = gradient @ weight
+            if grad_weight is not None:
+                if weight.dtype == torch.float32:
+                    grad_weight.addmm_(gradient.T, x)
+                else:
+                    grad_weight += gradient.T @ x
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None

@@ -1,0 +1,119 @@
+"""Self-attention with grouped queries, its cache of keys and values, and what a forward pass tells every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mindspeed_core.kernels import Kernels
+from mindspeed_core.models.family import Architecture
+from mindspeed_core.models.norm import RMSNorm
+
+
+class Cache:
+    """The keys and values of past positions, preallocated: one pair [max_length, b, g/tp, d] per layer of this stage.
+
+    A forward pass writes behind `length`; `advance` makes that part of the past.
+    """
+
+    def __init__(
+        self, layers: list[int], shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.max_length = shape[0]
+        self.length = 0
+        self._pairs = {
+            layer: (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for layer in layers
+        }
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [s, b, g/tp, d] behind the past of one layer and return all of its keys and values so far."""
+        end = self.length + k.shape[0]
+        keys, values = self._pairs[layer]
+        keys[self.length : end] = k
+        values[self.length : end] = v
+        return keys[:end], values[:end]
+
+    def advance(self, positions: int) -> None:
+        """Make the last `positions` written part of the past."""
+        self.length += positions
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat, or reorder) the batch rows with these indices."""
+        self._pairs = {layer: (k[:, rows], v[:, rows]) for layer, (k, v) in self._pairs.items()}
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What one forward pass tells every attention layer. Made once by the model and passed through unchanged.
+
+    It travels in the argument that Megatron's layers call `packed_seq_params` and hand on unread.
+    """
+
+    cos: Tensor  # [s, b or 1, 1, d]
+    sin: Tensor
+    mask: Tensor | None = None  # bool [b or 1, 1, s, t], True where a query sees a key; None: causal
+    cache: Cache | None = None
+
+
+class SelfAttention(MegatronModule):
+    """Attention over the heads of this tensor-parallel rank: [s, b, h] -> [s, b, h]."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        arch: Architecture,
+        kernels: Kernels,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number  # over the whole model, from 1
+        self.arch, self.kernels = arch, kernels
+        tp = pg_collection.tp
+        linear: dict[str, Any] = {
+            "config": config,
+            "init_method": config.init_method,
+            "skip_bias_add": False,
+            "tp_group": tp,
+        }
+        self.linear_qkv = ColumnParallelLinear(
+            arch.hidden_size,
+            (arch.num_heads + 2 * arch.num_query_groups) * arch.head_dim,
+            bias=arch.qkv_bias,
+            gather_output=False,
+            **linear,
+        )
+        if arch.qk_norm:
+            self.q_layernorm = RMSNorm(config, arch.head_dim, arch.norm_eps, kernels=kernels)
+            self.k_layernorm = RMSNorm(config, arch.head_dim, arch.norm_eps, kernels=kernels)
+        self.linear_proj = RowParallelLinear(
+            arch.num_heads * arch.head_dim, arch.hidden_size, bias=False, input_is_parallel=True, **linear
+        )
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: AttentionPlan, **_: Any
+    ) -> tuple[Tensor, None]:
+        """Return the attention output and no bias, as Megatron's layer expects. Its other arguments are always None."""
+        arch, plan = self.arch, packed_seq_params
+        mixed, _bias = self.linear_qkv(hidden_states)
+        s, b, _width = mixed.shape
+        per_group = arch.num_heads // arch.num_query_groups
+        mixed = mixed.view(s, b, -1, per_group + 2, arch.head_dim)  # a group's queries, then its key, then its value
+        q, k, v = mixed.split((per_group, 1, 1), 3)
+        q, k, v = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
+        if arch.qk_norm:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        q = self.kernels.rotary(q, plan.cos, plan.sin)
+        k = self.kernels.rotary(k, plan.cos, plan.sin)
+        if plan.cache is not None:
+            k, v = plan.cache.extend(self.layer_number, k, v)
+        out = self.kernels.attention(q, k, v, scale=arch.head_dim**-0.5, mask=plan.mask)
+        return self.linear_proj(out.flatten(2))[0], None

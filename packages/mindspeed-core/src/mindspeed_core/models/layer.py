@@ -1,0 +1,53 @@
+"""One decoder layer as a Megatron spec: our norm, attention and activation on its parallel linears."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from mindspeed_core.kernels import Kernels
+from mindspeed_core.models.attention import SelfAttention
+from mindspeed_core.models.family import Architecture
+from mindspeed_core.models.norm import RMSNorm
+
+
+class SwiGLU(MegatronModule):
+    """The gated activation between the two linears of the feed-forward layer: [s, b, 2f/tp] -> [s, b, f/tp]."""
+
+    def __init__(self, config: TransformerConfig, *, kernels: Kernels) -> None:
+        super().__init__(config=config)
+        self.kernel = kernels.swiglu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel(x)
+
+
+def block_spec(arch: Architecture, kernels: Kernels, layers: int) -> TransformerBlockSubmodules:
+    """Return the spec of a stage with that many layers."""
+    norm = ModuleSpec(RMSNorm, params={"kernels": kernels})
+    layer = ModuleSpec(
+        TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(SelfAttention, params={"arch": arch, "kernels": kernels}),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear,
+                    activation_func=ModuleSpec(SwiGLU, params={"kernels": kernels}),
+                    linear_fc2=RowParallelLinear,
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

@@ -1,0 +1,144 @@
+"""The language model of one pipeline stage: embedding, decoder layers, output layer, each where it belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mindspeed_core.kernels import Kernels, cross_entropy
+from mindspeed_core.models import rope
+from mindspeed_core.models.attention import AttentionPlan, Cache
+from mindspeed_core.models.family import Architecture
+from mindspeed_core.models.layer import block_spec
+
+
+class LanguageModel(LanguageModule):
+    """The part of a decoder-only language model that one pipeline stage holds.
+
+    The first stage turns tokens into hidden states, the last one hidden states into logits or a loss; between stages
+    travel hidden states [s, b, h] (s/tp under sequence parallelism), put in by `set_input_tensor`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        arch: Architecture,
+        kernels: Kernels,
+        *,
+        layers: int,
+        padded_vocab: int,
+        first: bool,
+        last: bool,
+        pg_collection: Any,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.arch, self.kernels = arch, kernels
+        self.pre_process, self.post_process = first, last  # Megatron's schedules and tied embeddings read these names
+        self.share_embeddings_and_output_weights = arch.tied
+        inverse, self.rope_factor = rope.frequencies(arch)
+        self.register_buffer("rope_inverse", inverse, persistent=False)
+        if first:
+            self.embedding = LanguageModelEmbedding(
+                config, padded_vocab, arch.max_positions, position_embedding_type="rope", tp_group=pg_collection.tp
+            )
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(arch, kernels, layers),
+            pre_process=first,
+            post_process=last,
+            pg_collection=pg_collection,
+        )
+        if last:
+            self.output_layer = ColumnParallelLinear(
+                arch.hidden_size,
+                padded_vocab,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=arch.tied and first,  # the embedding of this very stage serves
+                tp_group=pg_collection.tp,
+            )
+        if first or last:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Put in what the stage before sent; called by Megatron's schedules."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(tensor)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            tokens: [b, s]; every stage needs their shape, the first one their values.
+            positions: [b, s], by default counted from the length of the cache.
+            mask: bool [b or 1, 1, s, t], True where a query sees a key; by default causal.
+            cache: past keys and values, which this pass extends by s positions.
+            labels: [b, s], already shifted.
+            weights: [b, s] fp32, the weight of each token's loss; 0 leaves a token out.
+
+        Returns:
+            Before the last stage hidden states [s, b, h]. On the last one, with labels, the fp32 sum over all tokens of
+            weight * cross entropy; without, this rank's columns of the logits [b, s, padded_vocab / tp].
+        """
+        if positions is None:
+            past = 0 if cache is None else cache.length
+            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        cos, sin = rope.angles(positions, self.rope_inverse, self.rope_factor, self.config.params_dtype)
+        plan = AttentionPlan(cos, sin, mask, cache)
+        hidden = self.embedding(tokens, positions) if self.pre_process else None
+        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=plan)
+        if not self.post_process:
+            return hidden
+        head = self.shared_embedding_or_output_weight() if self.arch.tied else self.output_layer.weight
+        if labels is None:
+            logits, _bias = self.output_layer(hidden, weight=head)
+            return logits.transpose(0, 1)
+        assert weights is not None, "labels need the weight of each token"
+        # every rank of the tensor-parallel group sees all positions and makes its share of their gradient
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return cross_entropy.chunked(
+            hidden.flatten(0, 1),
+            head,
+            labels.T.reshape(-1),
+            weights.T.reshape(-1),
+            vocab_size=self.arch.vocab_size,
+            group=self.tp_group,
+            chunk=self.kernels.cross_entropy_chunk,
+        )
+
+    def full_logits(self, logits: Tensor) -> Tensor:
+        """Return the logits [b, s, vocab_size] of all tensor-parallel ranks, without the padding."""
+        return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)[..., : self.arch.vocab_size]
+
+    def new_cache(self, batch: int, max_length: int) -> Cache:
+        """Return an empty cache for this stage's layers."""
+        weight = next(self.parameters())
+        groups = self.arch.num_query_groups // self.tp_group.size()
+        layers = [layer.layer_number for layer in self.decoder.layers]
+        return Cache(layers, (max_length, batch, groups, self.arch.head_dim), weight.dtype, weight.device)

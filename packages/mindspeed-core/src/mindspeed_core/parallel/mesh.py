@@ -1,0 +1,146 @@
+"""The mesh of ranks: how many processes split what, and the only owner of process groups."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.distributed as dist
+from pydantic import Field, field_validator
+
+from mindspeed_core import launch, megatron
+from mindspeed_core.device import Device
+from mindspeed_core.errors import InputError
+from mindspeed_core.recipe import Section
+
+
+class ParallelConfig(Section):
+    """Section `parallel`: the size of each axis. ranks = tp x pp x cp x dp."""
+
+    tp: int = Field(1, ge=1)  # tensor: every layer is cut over tp ranks
+    pp: int = Field(1, ge=1)  # pipeline: the layers are cut into pp stages
+    dp: int | None = Field(None, ge=1)  # data: copies of the model; null takes what the ranks leave
+    sp: bool = False  # sequence: norms and residuals are cut over the tp ranks too
+    # Names the recipe format reserves; this version takes each only as it stands.
+    vpp: int = 1
+    cp: int = 1
+    cp_algorithm: Literal["ring"] = "ring"
+    ulysses: int = 1
+    ep: int = 1
+    etp: int = 1
+    layers_per_stage: None = None
+    noop_layers: tuple[()] = ()
+
+    @field_validator("vpp", "cp", "ulysses", "ep", "etp")
+    @classmethod
+    def _not_yet(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("this version does not split a model that way yet; use 1")
+        return value
+
+    @property
+    def model_ranks(self) -> int:
+        """How many ranks hold one copy of the model."""
+        return self.tp * self.pp * self.cp
+
+    def world_size(self, device_count: int = 1) -> int:
+        """Return how many ranks to start: dp as asked, else as many copies as the devices leave room for."""
+        dp = self.dp if self.dp is not None else max(1, device_count // self.model_ranks)
+        return self.model_ranks * dp
+
+    def check(self, world_size: int) -> None:
+        """Raise where `world_size` ranks cannot form this mesh."""
+        if world_size % self.model_ranks:
+            raise InputError(
+                f"parallel: tp={self.tp} x pp={self.pp} x cp={self.cp} = {self.model_ranks} ranks hold one copy of the model, "
+                f"which {world_size} ranks cannot be divided into; start a multiple of {self.model_ranks}"
+            )
+        if self.dp is not None and self.dp * self.model_ranks != world_size:
+            raise InputError(
+                f"parallel.dp={self.dp}: {world_size} ranks make dp={world_size // self.model_ranks}; "
+                "leave parallel.dp out, or start tp x pp x cp x dp ranks"
+            )
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh as this rank sees it."""
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup
+
+
+class Mesh:
+    """The axes of the run. Ranks are numbered tp first, then cp, dp, pp: tp neighbours are neighbours on a node.
+
+    tp=2 pp=2 dp=2       dp 0      dp 1
+      stage 0          [0, 1]    [2, 3]
+      stage 1          [4, 5]    [6, 7]
+    """
+
+    def __init__(self, config: ParallelConfig, device: Device, groups: Any, axes: dict[str, Axis], owner: bool) -> None:
+        self.config = config
+        self.device = device
+        self.groups = groups  # megatron's ProcessGroupCollection
+        self.tp, self.pp, self.dp, self.cp = (axes[name] for name in ("tp", "pp", "dp", "cp"))
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._owner = owner
+
+    @classmethod
+    def create(cls, config: ParallelConfig, device: Device, *, seed: int = 1234, timeout: float = 1800.0) -> Mesh:
+        """Join the other ranks and form the groups. Collective: every rank calls it.
+
+        `timeout` is in seconds: a rank that waits longer for its peers gives up with an error.
+        """
+        megatron.load(device)
+        owner = not dist.is_initialized()
+        if owner:
+            dist.init_process_group(device.backend, timeout=datetime.timedelta(seconds=timeout), **launch.rendezvous())
+        config.check(dist.get_world_size())
+
+        from megatron.core import parallel_state
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        parallel_state.initialize_model_parallel(
+            config.tp,
+            config.pp,
+            context_parallel_size=config.cp,
+            expert_model_parallel_size=config.ep,
+            distributed_timeout_minutes=max(1, round(timeout / 60)),
+            create_gloo_process_groups=False,
+        )
+        device.seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        axes = {
+            name: Axis(group.size(), group.rank(), group)
+            for name, group in (("tp", groups.tp), ("pp", groups.pp), ("dp", groups.dp), ("cp", groups.cp))
+        }
+        return cls(config, device, groups, axes, owner)
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that speaks: rank 0."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where the embedding is."""
+        return self.pp.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the loss is."""
+        return self.pp.rank == self.pp.size - 1
+
+    def close(self) -> None:
+        """Give the groups back; the process group too when this mesh made it."""
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        if self._owner and dist.is_initialized():
+            dist.destroy_process_group()
