@@ -103,19 +103,11 @@ class LanguageModel(LanguageModule):
             Before the last stage hidden states [s, b, h]. On the last one, with labels, the fp32 sum over all tokens of
             weight * cross entropy; without, this rank's columns of the logits [b, s, padded_vocab / tp].
         """
-        if positions is None:
-            past = 0 if cache is None else cache.length
-            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-        cos, sin = rope.angles(positions, self.rope_inverse, self.rope_factor, self.config.params_dtype)
-        plan = AttentionPlan(cos, sin, mask, cache)
-        hidden = self.embedding(tokens, positions) if self.pre_process else None
-        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=plan)
+        hidden = self.hidden_states(tokens, positions=positions, mask=mask, cache=cache)
         if not self.post_process:
             return hidden
-        head = self.shared_embedding_or_output_weight() if self.arch.tied else self.output_layer.weight
         if labels is None:
-            logits, _bias = self.output_layer(hidden, weight=head)
-            return logits.transpose(0, 1)
+            return self.logits(hidden).transpose(0, 1)
         assert weights is not None, "labels need the weight of each token"
         # every rank of the tensor-parallel group sees all positions and makes its share of their gradient
         if self.config.sequence_parallel:
@@ -124,13 +116,38 @@ class LanguageModel(LanguageModule):
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         return cross_entropy.chunked(
             hidden.flatten(0, 1),
-            head,
+            self._head(),
             labels.T.reshape(-1),
             weights.T.reshape(-1),
             vocab_size=self.arch.vocab_size,
             group=self.tp_group,
             chunk=self.kernels.cross_entropy_chunk,
         )
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return the hidden states [s, b, h] that this stage's layers make; the arguments are those of `forward`."""
+        if positions is None:
+            past = 0 if cache is None else cache.length
+            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        cos, sin = rope.angles(positions, self.rope_inverse, self.rope_factor, self.config.params_dtype)
+        plan = AttentionPlan(cos, sin, mask, cache)
+        hidden = self.embedding(tokens, positions) if self.pre_process else None
+        return self.decoder(hidden, attention_mask=None, packed_seq_params=plan)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return this rank's columns of the logits [s, b, padded_vocab / tp] of the last stage's hidden states [s, b, h]."""
+        logits, _bias = self.output_layer(hidden, weight=self._head())
+        return logits
+
+    def _head(self) -> Tensor:
+        return self.shared_embedding_or_output_weight() if self.arch.tied else self.output_layer.weight
 
     def full_logits(self, logits: Tensor) -> Tensor:
         """Return the logits [b, s, vocab_size] of all tensor-parallel ranks, without the padding."""
