@@ -1,0 +1,132 @@
+"""Each kernel's reference against the formula written out, with its gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mindspeed_core.device import Device
+from mindspeed_core.errors import InputError
+from mindspeed_core.kernels import KernelConfig, attention, cross_entropy, rms_norm, rotary, select, swiglu
+from mindspeed_core.models.family import pad_rows
+from tests.harness import run_ranks
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Attention written out: q [s, b, n, d], mask [b, 1, s, t] True where a key is seen."""
+    repeat = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+    scores = torch.einsum("sbnd,tbnd->bnst", q, k) * scale
+    return torch.einsum("bnst,tbnd->sbnd", scores.masked_fill(~mask, -math.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize(("s", "t"), [(6, 6), (1, 6), (3, 6)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_is_causal_with_the_queries_last(s: int, t: int, groups: int):
+    torch.manual_seed(0)
+    q = torch.randn(s, 2, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(t, 2, groups, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.ones(s, t, dtype=torch.bool).tril(t - s)[None, None]
+    ours, oracle = attention.reference(q, k, v, scale=0.3), _attention(q, k, v, 0.3, mask)
+    torch.testing.assert_close(ours, oracle)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, oracle)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_attention_sees_what_the_mask_shows():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 2, 2, 8, dtype=torch.float64) for _ in range(3))
+    mask = (torch.rand(2, 1, 5, 5) > 0.5) | torch.eye(5, dtype=torch.bool)
+    torch.testing.assert_close(attention.reference(q, k, v, scale=1.0, mask=mask), _attention(q, k, v, 1.0, mask))
+
+
+def test_rms_norm_swiglu_and_rotary_follow_their_formulas():
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 3, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    torch.testing.assert_close(
+        rms_norm.reference(x, weight, 1e-5), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    )
+    torch.testing.assert_close(swiglu.reference(x), x[..., :4] * x[..., :4].sigmoid() * x[..., 4:])
+    q, angle = torch.randn(5, 2, 3, 8, dtype=torch.float64), torch.randn(5, 1, 1, 4, dtype=torch.float64)
+    both = torch.cat((angle, angle), -1)
+    turned = torch.view_as_complex(torch.stack((q[..., :4], q[..., 4:]), -1)) * torch.polar(
+        torch.ones_like(angle), angle
+    )
+    torch.testing.assert_close(rotary.reference(q, both.cos(), both.sin()), torch.cat((turned.real, turned.imag), -1))
+
+
+def _head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 13, (11,))
+    labels[:4] = torch.tensor([0, 6, 7, 12])  # the edges of every shard of 14 rows over two ranks
+    weights = torch.rand(11)
+    weights[5] = 0.0
+    return torch.randn(11, 6, dtype=dtype), torch.randn(13, 6, dtype=dtype), labels, weights
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 4, 11, 100])
+def test_chunked_cross_entropy_equals_the_reference(chunk: int):
+    hidden, weight, labels, weights = _head(torch.float32)
+    weights = weights.to(torch.float32)
+    results = []
+    for fn in (
+        lambda h, w: cross_entropy.chunked(h, w, labels, weights, vocab_size=13, chunk=chunk),
+        lambda h, w: cross_entropy.reference(h, w, labels, weights, 13),
+    ):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = fn(h, w)
+        (loss * 0.7).backward()
+        results.append((loss, h.grad, w.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def split_head() -> tuple[float, Tensor, Tensor]:
+    """The loss over two ranks of 7 rows each, the last of them padding; the share of dhidden is summed here."""
+    hidden, weight, labels, weights = (x.float() if x.is_floating_point() else x for x in _head())
+    rank = torch.distributed.get_rank()
+    h = hidden.clone().requires_grad_()
+    w = pad_rows(weight, 14).chunk(2)[rank].clone().requires_grad_()
+    loss = cross_entropy.chunked(h, w, labels, weights, vocab_size=13, group=torch.distributed.group.WORLD, chunk=4)
+    loss.backward()
+    assert h.grad is not None
+    assert w.grad is not None
+    torch.distributed.all_reduce(h.grad)
+    return loss.item(), h.grad, w.grad
+
+
+def test_a_vocabulary_cut_over_ranks_gives_the_same_loss_and_gradients():
+    hidden, weight, labels, weights = (x.float() if x.is_floating_point() else x for x in _head())
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    loss = F.cross_entropy(h @ w.T, labels, reduction="none") @ weights
+    loss.backward()
+    assert w.grad is not None
+    ranks = run_ranks(split_head, 2)
+    for got, dhidden, _ in ranks:
+        assert got == pytest.approx(loss.item(), rel=1e-6)
+        torch.testing.assert_close(dhidden, h.grad, rtol=1e-5, atol=1e-6)
+    joined = torch.cat([dweight for _, _, dweight in ranks])
+    torch.testing.assert_close(joined[:13], w.grad, rtol=1e-5, atol=1e-6)
+    assert not joined[13:].any(), "padding rows must not learn"
+
+
+def test_an_ignored_label_costs_nothing():
+    hidden, weight, labels, weights = (x.float() if x.is_floating_point() else x for x in _head())
+    ignored = labels.clone()
+    ignored[5] = -100
+    a, b = (
+        cross_entropy.chunked(hidden, weight, target, weights, vocab_size=13, chunk=4) for target in (labels, ignored)
+    )
+    assert a == b
+
+
+def test_fused_where_the_device_has_none_is_refused():
+    with pytest.raises(InputError, match="cpu has no fused swiglu"):
+        select(Device("cpu"), KernelConfig(swiglu="fused"))
+    assert select(Device("cpu")).attention is attention.reference
+    assert select(Device("npu")).attention is attention.npu
+    assert select(Device("npu"), KernelConfig(attention="reference")).attention is attention.reference

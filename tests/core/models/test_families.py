@@ -1,0 +1,174 @@
+"""Every family computes what transformers computes, on one rank and split, and gives its weights back unchanged."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mindspeed_core.device import Device
+from mindspeed_core.errors import InputError
+from mindspeed_core.models.families import FAMILIES, family_of, preset
+from mindspeed_core.models.family import Architecture, pad_vocab
+from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
+from tests.core.models.tiny import CLASSES, StateTensors, config_of, hf_model
+from tests.harness import run_ranks
+
+# fp32: two orders of summation of a few hundred terms of size one
+LOGITS = 1e-5
+VARIANTS = list(itertools.product(CLASSES, (True, False), (4, 8)))
+
+
+def _batch(vocab: int = 99) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens, labels = (torch.randint(0, vocab, (2, 12), generator=generator) for _ in range(2))
+    return tokens, labels, torch.rand(2, 12, generator=generator)
+
+
+def _build(model: Any, **parallel: Any) -> tuple[Any, Any, Architecture, Mesh]:
+    from mindspeed_core.models.build import build_model
+    from mindspeed_core.models.weights import load_weights
+
+    mesh = Mesh.create(ParallelConfig(**parallel), Device.open("cpu"))
+    config = config_of(model)
+    family = family_of(config)
+    arch = family.architecture(config)
+    chunks = build_model(arch, mesh)
+    load_weights(chunks, StateTensors(model), family, arch, mesh)
+    return chunks[0], family, arch, mesh
+
+
+def compare_alone(variants: list[tuple[str, bool, int]]) -> list[tuple[float, float, float]]:
+    """Per variant: the largest relative difference of logits, of the loss and of the embedding's gradient."""
+    differences = []
+    for name, tied, groups in variants:
+        reference = hf_model(name, tied=tied, groups=groups)
+        ours, _family, _arch, mesh = _build(reference)
+        tokens, labels, weights = _batch()
+        expected = reference(tokens).logits
+        with torch.no_grad():
+            got = ours.full_logits(ours(tokens))
+        loss = ours(tokens, labels=labels, weights=weights)
+        loss.backward()
+        oracle = (F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="none") * weights.flatten()).sum()
+        oracle.backward()
+        gradient = reference.get_input_embeddings().weight.grad
+        differences.append(
+            (
+                ((got - expected).abs().max() / expected.abs().max()).item(),
+                ((loss - oracle).abs() / oracle).item(),
+                ((ours.embedding.word_embeddings.weight.grad - gradient).abs().max() / gradient.abs().max()).item(),
+            )
+        )
+        mesh.close()
+    return differences
+
+
+def test_logits_loss_and_gradient_equal_transformers():
+    for variant, differences in zip(VARIANTS, run_ranks(compare_alone, 1, VARIANTS)[0], strict=True):
+        assert max(differences) < LOGITS, f"{variant}: logits, loss, gradient differ by {differences}"
+
+
+def split_logits(variants: list[tuple[str, bool, int]], parallel: dict[str, Any]) -> list[Any]:
+    """Per variant: on the last stage the whole logits, and on rank 0 whether the weights came back bit for bit."""
+    from mindspeed_core.models.weights import model_tensors
+
+    answers = []
+    for name, tied, groups in variants:
+        reference = hf_model(name, tied=tied, groups=groups)
+        ours, family, arch, mesh = _build(reference, **parallel)
+        tokens, _labels, _weights = _batch()
+        with torch.no_grad():
+            if not mesh.is_first_stage:
+                hidden = torch.empty(12 // (mesh.tp.size if parallel.get("sp") else 1), 2, 64)
+                torch.distributed.recv(hidden, group_src=mesh.pp.rank - 1, group=mesh.pp.group)
+                ours.set_input_tensor(hidden)
+            out = ours(tokens)
+            if not mesh.is_last_stage:
+                torch.distributed.send(out.contiguous(), group_dst=mesh.pp.rank + 1, group=mesh.pp.group)
+        logits = ours.full_logits(out) if mesh.is_last_stage else None
+        state = reference.state_dict()
+        same = [torch.equal(tensor, state[hf_name]) for hf_name, tensor in model_tensors([ours], family, arch, mesh)]
+        difference = None
+        if logits is not None:
+            expected = reference(tokens).logits
+            difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+        answers.append((difference, same))
+        mesh.close()
+    return answers
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{"tp": 2}, {"tp": 2, "sp": True}, {"pp": 2}, {"tp": 2, "pp": 2}],
+    ids=lambda parallel: "-".join(f"{key}={value}" for key, value in parallel.items()),
+)
+def test_a_split_model_computes_the_same_and_gives_its_weights_back(parallel: dict[str, Any]):
+    world = parallel.get("tp", 1) * parallel.get("pp", 1)
+    by_rank = run_ranks(split_logits, world, VARIANTS, parallel)
+    for i, variant in enumerate(VARIANTS):
+        expected = len(list(hf_model(variant[0], tied=variant[1], groups=variant[2]).named_parameters()))
+        assert by_rank[0][i][1] == [True] * expected, f"{variant}: weights came back changed"
+        difference = by_rank[-1][i][0]
+        assert difference is not None
+        assert difference < LOGITS, f"{variant}: logits differ by {difference}"
+
+
+@pytest.mark.parametrize("kind", sorted({row.kind.name for family in FAMILIES.values() for row in family.weights}))
+def test_a_kind_joins_what_it_cut(kind: str):
+    arch = Architecture(
+        num_layers=1, hidden_size=8, ffn_hidden_size=12, num_heads=4, num_query_groups=2, head_dim=4, vocab_size=7,
+        max_positions=16,
+    )  # fmt: skip
+    row = next(row for family in FAMILIES.values() for row in family.weights if row.kind.name == kind)
+    tensors = [torch.randn(shape) for shape in row.hf_shapes(arch)]
+    for size in (1, 2):
+        view = row.kind.pack(tensors, arch)
+        cut = [
+            row.kind.shard(view, rank=rank, size=size, padded_vocab=pad_vocab(arch.vocab_size, size))
+            for rank in range(size)
+        ]
+        back = row.kind.unpack(row.kind.join(cut, arch), arch)
+        assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True))
+
+
+def test_every_preset_has_an_architecture_whose_rows_are_complete():
+    for family in FAMILIES.values():
+        for name in family.sizes:
+            config = preset(name)
+            assert family_of(config) is family
+            arch = family.architecture(config)
+            names = [hf for placed in family.placed(arch) for hf in placed.hf_names]
+            assert len(names) == len(set(names))
+
+
+def test_preset_sizes_equal_the_published_parameter_counts():
+    published = {"llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920, "smollm2-135m": 134_515_008, "tinyllama-1.1b": 1_100_048_384}  # fmt: skip
+    for name, expected in published.items():
+        config = preset(name)
+        family = family_of(config)
+        arch = family.architecture(config)
+        shapes = [shape for placed in family.placed(arch) for shape in placed.row.hf_shapes(arch)]
+        assert sum(torch.Size(shape).numel() for shape in shapes) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["FalconForCausalLM"]}, "it knows LlamaForCausalLM"),
+        ({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}, "num_hidden_layers"),
+        ({**preset("llama2-7b"), "attention_bias": True}, "attention_bias=True"),
+        ({**preset("llama2-7b"), "hidden_act": "gelu"}, "hidden_act=gelu"),
+    ],
+)
+def test_a_configuration_we_cannot_build_is_refused(config: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=message):
+        family_of(config).architecture(config)
+
+
+def test_an_unknown_preset_is_met_with_the_nearest():
+    with pytest.raises(InputError, match="did you mean qwen3"):
+        preset("qwen3-06b")
