@@ -66,6 +66,10 @@ class Sampler:
         draws = [torch.multinomial(row, 1, generator=s) for row, s in zip(probabilities, self.streams, strict=True)]
         return torch.cat(draws)
 
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone."""
+        self.streams = [self.streams[row] for row in rows] if self.streams else []
+
 
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
     """Return `logits` [b, v] over the temperature, with -inf at every token that top-k or top-p rules out."""
