@@ -12,6 +12,7 @@ import select
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -36,6 +37,15 @@ MENDS = {
     errno.EADDRINUSE: "choose another port",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+# What the libraries under our commands read once, when they are imported. None of them may ask the network on its own.
+SURROUNDINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_EVALUATE_OFFLINE": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "TOKENIZERS_PARALLELISM": "false",  # its threads and our worker processes would wait for each other
 }
 
 
@@ -67,6 +77,10 @@ def command_line(package: str, help: str) -> typer.Typer:
 def run(app: typer.Typer) -> NoReturn:
     """Run a command and exit with its code."""
     launch.bind()
+    for name, value in SURROUNDINGS.items():
+        os.environ.setdefault(name, value)
+    # Megatron and torch warn their developers of what our users cannot mend
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     app.rich_markup_mode = None  # plain help: no boxes, and rich is not loaded for it
     app.pretty_exceptions_enable = False
     app._add_completion = False
