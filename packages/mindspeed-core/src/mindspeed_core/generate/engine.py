@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_core.checkpoint import Checkpoint, open_checkpoint
 from mindspeed_core.device import Device
 from mindspeed_core.errors import InputError
 from mindspeed_core.generate.sampling import Sampler, SamplingConfig
@@ -28,7 +29,6 @@ from mindspeed_core.models.weights import load_weights
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 
 if TYPE_CHECKING:  # Megatron must not be imported before it is made ready for the device
-    from mindspeed_core.checkpoint.checkpoint import Checkpoint
     from mindspeed_core.models.attention import Cache
 
 PATIENCE = datetime.timedelta(days=365)  # a chat may rest as long as it likes
@@ -85,8 +85,6 @@ class Engine:
         `dtype` is by default the checkpoint's own; fp16 becomes fp32, which holds it exactly. `config` is a folder with
         config.json for a checkpoint that carries none.
         """
-        from mindspeed_core.checkpoint import open_checkpoint
-
         checkpoint = open_checkpoint(Path(path), config=config)
         owns_mesh = mesh is None
         if mesh is None:
