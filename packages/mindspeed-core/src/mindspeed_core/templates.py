@@ -253,7 +253,8 @@ def _template(name: str, entry: Mapping[str, Any]) -> Template:
     fields: dict[str, Any] = {}
     for key, value in entry.items():
         fields[key] = tuple(map(_slot, value)) if key in slots else value
-    return Template(name=name, **{**fields, "stop_words": tuple(entry.get("stop_words", ()))})
+    fields["stop_words"] = tuple(entry.get("stop_words", ()))
+    return Template(name=name, **fields)
 
 
 TEMPLATES: Mapping[str, Template] = MappingProxyType(

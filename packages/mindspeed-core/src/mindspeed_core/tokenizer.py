@@ -88,23 +88,27 @@ class Tokenizer:
         """The id to fill rows with: PAD, else EOS, else 0. Padding carries no loss, so any id will do."""
         return next((i for i in (self.pad, self.eos) if i is not None), 0)
 
-    @cached_property
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id, added tokens included: what an embedding must hold."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return self._vocabulary[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what each id means: equal for two folders whose data may be mixed."""
+        return self._vocabulary[1]
+
+    @cached_property
+    def _vocabulary(self) -> tuple[int, str]:
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+        text = "\n".join(f"{vocabulary[token]} {token!r}" for token in tokens)
+        return vocabulary[tokens[-1]] + 1, hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids that `decode` leaves out."""
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of what each id means: equal for two folders whose data may be mixed."""
-        digest = hashlib.sha256()
-        for token, i in sorted(self.backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
-            digest.update(f"{i}\0{token}\0".encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()[:32]
 
     @cached_property
     def hf(self) -> Any:

@@ -1,0 +1,181 @@
+"""Rows to ids: what a worker does with a chunk, and which library encodes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mindspeed_core.templates import Template, TokenizerTemplate
+from mindspeed_core.tokenizer import Tokenizer
+from mindspeed_data.formats import Format
+from mindspeed_data.readers import Chunk, Fault, Rows, Source
+from mindspeed_data.sidecar import INSTRUCTION, TEXT
+
+IGNORED = -100  # the label of what is not learned
+CHECKED = 20_000  # characters of a text that both encoders are compared on
+
+Encoder = Callable[[str], Any]  # text -> ids, as a list or an array
+
+
+class EncoderError(Exception):
+    """The fast encoder gave other ids than `tokenizers` does; the run starts again without it."""
+
+
+@dataclass
+class Encoded:
+    """The samples of one chunk, in order, and what was left out."""
+
+    arrays: dict[str, NDArray[Any]]  # per file: the ids of all samples, one after the other
+    lengths: NDArray[np.int32]
+    faults: list[Fault]
+    lines: list[int]  # lines in each of the chunk's byte ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a worker needs. `start` prepares it in the process that does the work."""
+
+    sources: Sequence[Source]
+    tokenizer: Tokenizer
+    format: Format
+    keys: Mapping[str, str]
+    fast: bool  # gigatoken instead of tokenizers
+
+    def start(self) -> Callable[[Chunk], Encoded]:
+        """Return the function from a chunk to its ids."""
+        encoder = gigatoken_encoder(self.tokenizer) if self.fast else None
+        tokenizer = dataclasses.replace(self.tokenizer, encoder=encoder)
+        return lambda chunk: self._encode(chunk, tokenizer)
+
+    def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
+        raise NotImplementedError
+
+    def _samples(self, rows: Rows, faults: list[Fault]) -> Iterator[tuple[int, int, Any]]:
+        """The samples of rows with their place; what is no sample is added to the faults."""
+        for row in rows:
+            if isinstance(row, Fault):
+                faults.append(row)
+                continue
+            try:
+                missing = self.format.missing(row.record, self.keys)
+                if missing:
+                    raise ValueError(f"no key {missing[0]}")
+                yield row.piece, row.line, self.format.read(row.record, self.keys)
+            except ValueError as error:
+                faults.append(Fault(row.piece, row.line, str(error)))
+
+    def _proven(self, tokenizer: Tokenizer, text: str) -> None:
+        """Compare both encoders on one more text of the run."""
+        part = text[:CHECKED]
+        if self.fast and tokenizer.encode(part) != self.tokenizer.encode(part):
+            raise EncoderError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextJob(Job):
+    """Pretraining text: one sequence per document."""
+
+    dtype: np.dtype[Any]
+    bos: int | None = None
+    eod: int | None = None
+
+    outputs: ClassVar[Mapping[str, str]] = {"text": TEXT}
+
+    def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
+        rows, faults = Rows(chunk, self.sources), []
+        before = [] if self.bos is None else [np.array([self.bos], np.uint32)]
+        after = [] if self.eod is None else [np.array([self.eod], np.uint32)]
+        encode = tokenizer.encoder or tokenizer.encode
+        parts, lengths = [], []
+        for piece, line, text in self._samples(rows, faults):
+            try:
+                ids = encode(text)
+            except (TypeError, UnicodeError):  # "\ud800" written in JSON
+                faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
+                continue
+            if not lengths:
+                self._proven(tokenizer, text)
+            parts += [*before, np.asarray(ids, np.uint32), *after]
+            lengths.append(len(ids) + len(before) + len(after))
+        ids = np.concatenate(parts).astype(self.dtype) if parts else np.empty(0, self.dtype)
+        return Encoded({"text": ids}, np.array(lengths, np.int32), faults, rows.lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionJob(Job):
+    """Conversations: ids, and labels that are IGNORED where nothing is learned. Labels are not shifted on disk."""
+
+    template: Template | TokenizerTemplate
+    seq_length: int | None = None
+    dtype: np.dtype[Any] = field(default=np.dtype(np.int32))
+
+    outputs: ClassVar[Mapping[str, str]] = INSTRUCTION
+
+    def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
+        rows, faults = Rows(chunk, self.sources), []
+        ids: list[int] = []
+        labels: list[int] = []
+        lengths = []
+        for piece, line, sample in self._samples(rows, faults):
+            try:
+                turns = self.template.encode(tokenizer, sample.messages, sample.system)
+            except (TypeError, UnicodeError):
+                faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
+                continue
+            except ValueError as error:
+                faults.append(Fault(piece, line, str(error)))
+                continue
+            if not lengths:
+                self._proven(tokenizer, sample.messages[-1]["content"])
+            length = sum(len(source) + len(target) for source, target in turns)
+            if self.seq_length is not None and length > self.seq_length:
+                faults.append(Fault(piece, line, f"longer than {self.seq_length} tokens: {length}"))
+                continue
+            for source, target in turns:
+                ids += source
+                ids += target
+                labels += [IGNORED] * len(source)
+                labels += target
+            lengths.append(length)
+        arrays = {
+            "input_ids": np.array(ids, self.dtype),
+            "attention_mask": np.ones(len(ids), self.dtype),
+            "labels": np.array(labels, self.dtype),
+        }
+        return Encoded(arrays, np.array(lengths, np.int32), faults, rows.lines)
+
+
+def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder:
+    """Return gigatoken's encoder of a tokenizer, on one thread."""
+    return _gigatoken(tokenizer.backend.to_str())
+
+
+@lru_cache(maxsize=1)  # the one that proved itself is the one that is used
+def _gigatoken(tokenizer_json: str) -> Encoder:
+    from gigatoken import Tokenizer as Gigatoken
+
+    return Gigatoken.from_json(tokenizer_json).encode
+
+
+def encoders_agree(tokenizer: Tokenizer, texts: Iterable[str]) -> bool:
+    """True when gigatoken gives the ids of `tokenizers` for these texts and for every added token within a text."""
+    added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
+    probes = ["", " ", "  \n x", " lead ", "e\u0301 ﬁ \u200b\u3000", "\U0001f642", "".join(added)]
+    probes += [f"a{token} b{token}" for token in added[:1000]]
+    try:
+        encode = gigatoken_encoder(tokenizer)
+        for text in (*probes, *texts):
+            part = text[:CHECKED]
+            if list(encode(part)) != tokenizer.encode(part):
+                return False
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # what it does not know it refuses, at times with a panic, which is no Exception
+        return False
+    return True

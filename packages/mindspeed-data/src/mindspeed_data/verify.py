@@ -1,0 +1,84 @@
+"""A data set read from end to end: is every file what its index and its description say?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mindspeed_core.errors import InputError
+from mindspeed_data import sidecar
+from mindspeed_data.indexed import IndexedDataset, path_of
+from mindspeed_data.sidecar import Sidecar
+from mindspeed_data.tokenize import IGNORED
+
+BLOCK = 1 << 22  # ids that are looked at together
+
+
+def verify(prefix: Path) -> str:
+    """Return one line about a sound data set; raise InputError with a line per fault."""
+    known = sidecar.read(prefix)
+    if sidecar.is_instruction(prefix):
+        base = sidecar.instruction_prefix(prefix)
+        files = {name: IndexedDataset(f"{base}{suffix}") for name, suffix in sidecar.INSTRUCTION.items()}
+        faults = [fault for data in files.values() for fault in _faults_of_index(data)]
+        faults = faults or list(_faults_of_instructions(files, known))
+        data = files["input_ids"]
+    else:
+        data = IndexedDataset(sidecar.text_prefix(prefix))
+        faults = list(_faults_of_index(data)) or list(_faults_of_ids(data, known))
+    if known is not None and (len(data), data.tokens) != (known.kept, known.tokens):
+        faults.append(
+            f"{prefix}: holds {len(data):,} samples and {data.tokens:,} tokens, "
+            f"its description says {known.kept:,} and {known.tokens:,}"
+        )
+    if faults:
+        raise InputError("\n".join(faults))
+    longest = int(data.lengths.max(initial=0))
+    return f"{prefix}: sound; {len(data):,} samples, {data.tokens:,} tokens, longest {longest:,}, {data.dtype.name}"
+
+
+def _faults_of_index(data: IndexedDataset) -> Iterator[str]:
+    idx, bin = path_of(data.prefix, ".idx"), path_of(data.prefix, ".bin")
+    if len(data) and int(data.lengths.min()) < 0:
+        yield f"{idx}: a sequence of negative length"
+        return
+    ends = np.cumsum(data.lengths, dtype=np.int64) * data.dtype.itemsize
+    if not np.array_equal(data.offsets, np.concatenate(([0], ends[:-1])) if len(data) else data.offsets):
+        yield f"{idx}: its offsets are not the sums of its lengths"
+    documents = data.documents
+    if not len(documents) or documents[0] != 0 or documents[-1] != len(data) or (np.diff(documents) < 0).any():
+        yield f"{idx}: its documents do not cover its sequences"
+    expected = int(ends[-1]) if len(data) else 0
+    if bin.stat().st_size != expected:
+        yield f"{bin}: {bin.stat().st_size:,} bytes, its index asks for {expected:,}"
+
+
+def _faults_of_ids(data: IndexedDataset, known: Sidecar | None) -> Iterator[str]:
+    limit = known.vocab_size if known is not None else None
+    for start in range(0, data.tokens, BLOCK):
+        block = data.ids[start : start + BLOCK]
+        low, high = int(block.min()), int(block.max())
+        if low < 0 or (limit is not None and high >= limit):
+            i = start + int(np.argmax((block < 0) | (block >= (limit if limit is not None else high + 1))))
+            sample = int(np.searchsorted(data.offsets, i * data.dtype.itemsize, "right")) - 1
+            yield f"{path_of(data.prefix, '.bin')}: sample {sample} holds the id {int(data.ids[i])}, not in the vocabulary"
+            return
+
+
+def _faults_of_instructions(files: dict[str, IndexedDataset], known: Sidecar | None) -> Iterator[str]:
+    ids, labels, mask = files["input_ids"], files["labels"], files["attention_mask"]
+    for other in (labels, mask):
+        if not np.array_equal(other.lengths, ids.lengths):
+            yield f"{path_of(other.prefix, '.idx')}: its lengths are not those of {ids.prefix.name}"
+            return
+    yield from _faults_of_ids(ids, known)
+    for i in range(len(ids)):
+        learned = labels[i] != IGNORED
+        if not np.array_equal(labels[i][learned], ids[i][learned]):
+            yield f"{path_of(labels.prefix, '.bin')}: sample {i} has a label that is not the id beside it"
+            return
+        if not learned.any():
+            yield f"{path_of(labels.prefix, '.bin')}: nothing of sample {i} is learned"
+            return

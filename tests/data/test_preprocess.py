@@ -1,0 +1,489 @@
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindspeed_core.tokenizer import Tokenizer
+from mindspeed_data import readers, sidecar
+from mindspeed_data.__main__ import main
+from mindspeed_data.indexed import IndexedDataset
+from tests.tiny import tiny_tokenizer
+
+ALPACA = [
+    {"instruction": "Say hi", "input": "", "output": "hi"},
+    {"instruction": "Add", "input": "1 and 2", "output": "3", "system": "Be brief."},
+    {"instruction": "And 3?", "input": None, "output": "6", "history": [["Add", "ok"], ["1 and 2", "3"]]},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@dataclass
+class Run:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def data(*arguments: object) -> Run:
+    """Run the command in this process: its start would take longer than its work."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["mindspeed-data", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return Run(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def lines(path: Path, count: int) -> Path:
+    words = ("the quick", "brown fox", "jumps é", "over 中文", "lazy\tdog", "🙂")
+    rows = [{"text": " ".join(words[(i * j) % 6] for j in range(1, 3 + i % 40))} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_text_becomes_one_sequence_per_document(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the lazy dog")
+    (tmp_path / "b.jsonl").write_text('{"text": "fox"}\n{"text": " "}\n')
+    run = data("pretrain", tmp_path, "--tokenizer", tokenizer, "--output", tmp_path / "new/x", "--append-eod")
+    assert (run.returncode, run.stdout) == (0, f"{tmp_path}/new/x\n"), run.stderr
+    loaded = Tokenizer.load(tokenizer)
+    written = IndexedDataset(tmp_path / "new/x_text_document")
+    assert [written[i].tolist() for i in range(2)] == [[*loaded.encode(t), loaded.eos] for t in ("the lazy dog", "fox")]
+    known = sidecar.read(tmp_path / "new/x")
+    assert known is not None
+    assert (known.kept, known.left_out, known.fingerprint) == (2, {"empty text": 1}, loaded.fingerprint)
+    assert f"{tmp_path}/b.jsonl:2: empty text" in run.stderr
+    assert leftovers(tmp_path / "new") == ["x_text_document.bin", "x_text_document.idx", "x_text_document.meta.json"]
+
+
+def test_bos_eod_and_uint16(tokenizer: Path, tmp_path: Path) -> None:
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    folder = tmp_path / "with_bos"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text((tokenizer / "tokenizer.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<|im_start|>"}))
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    options = ["--bos", "--eod-token", "<|im_end|>", "--dtype", "uint16", "--per-line"]
+    run = data("pretrain", tmp_path / "a.txt", "--tokenizer", folder, "--output", tmp_path / "x", *options)
+    assert run.returncode == 0, run.stderr
+    written, loaded = IndexedDataset(tmp_path / "x_text_document"), Tokenizer.load(folder)
+    assert written.dtype == np.uint16
+    assert [loaded.decode(written[i].tolist(), skip_special=False) for i in range(2)] == [
+        "<|im_start|>a<|im_end|>",
+        "<|im_start|>b<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["text", "alpaca"])
+def test_any_number_of_workers_writes_the_same_bytes(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from mindspeed_core.templates import TEMPLATES
+    from mindspeed_data import formats, preprocess
+    from mindspeed_data.tokenize import InstructionJob, TextJob
+
+    if kind == "text":
+        source = lines(tmp_path / "in.jsonl", 3000)
+    else:
+        source = tmp_path / "in.json"
+        source.write_text(json.dumps(ALPACA * 700))
+    monkeypatch.setattr(readers, "CHUNK", 20_000)  # many chunks, of which some hold faults
+    source.write_text(source.read_text().replace('"3"}', '""}', 1))
+    sources, loaded = readers.find([source]), Tokenizer.load(tokenizer)
+    written = []
+    for workers in (1, 3):
+        output = tmp_path / f"{workers}" / "x"
+        common = {"sources": sources, "tokenizer": loaded, "fast": False}
+        if kind == "text":
+            job = TextJob(**common, format=formats.TEXT, keys=formats.TEXT.keys, dtype=np.dtype("int32"), eod=0)
+        else:
+            job = InstructionJob(
+                **common, format=formats.ALPACA, keys=formats.ALPACA.keys, template=TEMPLATES["chatml"]
+            )
+        preprocess.run(job, output, workers=workers)
+        written.append({path.name: path.read_bytes() for path in output.parent.iterdir()})
+    assert written[0].keys() == written[1].keys()
+    for name in written[0]:
+        assert written[0][name] == written[1][name], name
+
+
+def test_alpaca_rows_are_learned_from_where_the_answer_starts(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text(json.dumps(ALPACA))
+    options = ["--template", "chatml", "--tokenizer", tokenizer]
+    run = data("sft", tmp_path / "in.json", *options, "--output", tmp_path / "x")
+    assert (run.returncode, run.stdout) == (0, f"{tmp_path}/x\n"), run.stderr
+    loaded = Tokenizer.load(tokenizer)
+    files = ("input_ids", "labels", "attention_mask")
+    ids, labels, mask = (IndexedDataset(f"{tmp_path}/x{sidecar.INSTRUCTION[name]}") for name in files)
+    seen = []
+    for i in range(len(ids)):
+        learned = labels[i] != -100
+        assert (labels[i][learned] == ids[i][learned]).all()
+        assert (mask[i] == 1).all()
+        text, open_ = "", False
+        for id, is_learned in zip(ids[i].tolist(), learned.tolist(), strict=True):
+            text += {(False, True): "«", (True, False): "»"}.get((open_, is_learned), "")
+            text += loaded.decode([id], skip_special=False)
+            open_ = is_learned
+        seen.append(f"{text}»")
+    user, bot, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
+    assert seen == [
+        f"{user}Say hi{end}\n{bot}«hi{end}»",
+        f"<|im_start|>system\nBe brief.{end}\n{user}Add\n1 and 2{end}\n{bot}«3{end}»",
+        f"{user}Add{end}\n{bot}«ok{end}»\n{user}1 and 2{end}\n{bot}«3{end}»\n{user}And 3?{end}\n{bot}«6{end}»",
+    ]
+    shown = data("show", tmp_path / "x")
+    assert seen[2] in shown.stdout
+    assert "sample 0 of 3" in shown.stdout
+    verified = data("verify", tmp_path / "x")
+    assert (verified.returncode, verified.stdout.startswith(f"{tmp_path}/x: sound; 3 samples")) == (0, True)
+
+
+def test_samples_up_to_the_sequence_length_stay(tokenizer: Path, tmp_path: Path) -> None:
+    rows = [{"q": "a" * n, "a": "b"} for n in (1, 2, 3)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    keys = json.dumps({"prompt": "q", "response": "a"})
+    options = ["--tokenizer", tokenizer, "--template", "empty", "--map-keys", keys, "--output", tmp_path / "x"]
+    run = data("sft", tmp_path / "in.jsonl", *options, "--seq-length", 3)
+    assert run.returncode == 0, run.stderr
+    lengths = IndexedDataset(f"{tmp_path}/x_packed_labels_document").lengths
+    assert lengths.tolist() == [2, 3]
+    assert "1 longer than 3 tokens" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "command", "said"),
+    [
+        ("x.jsonl", '{"body": "1", "id": 2}', "pretrain", "x.jsonl:1: no key 'text'; the row has body, id; name the"),
+        ("x.jsonl", '{"text": "1"}', "sft", "x.jsonl:1: no key 'instruction'; the row has text; this looks like text"),
+        ("x.txt", "some text", "sft", "x.txt: a text holds no questions and answers; use mindspeed-data pretrain"),
+        ("x.json", json.dumps(ALPACA), "pretrain", "no key 'text'; the row has instruction, input, output; this looks"),
+        ("x.txt", "", "pretrain", "x.txt: this file is empty"),
+        ("x.txt", b"caf\xe9", "pretrain", "x.txt:1: not UTF-8 (byte 0xe9)"),
+        ("x.jsonl", '{"text": ""}\n{"text": 3}\n{', "pretrain", "nothing is left of the input"),
+        ("x.jsonl", '{"text": "\\ud800"}', "pretrain", "half of a surrogate pair"),
+        ("x.json", '[{"instruction": "a", "output": ""}]', "sft", "x.json:1: empty answer"),
+        ("x.json", '[{"instruction": "", "output": "a"}]', "sft", "x.json:1: empty question"),
+        ("x.json", '[{"instruction": "a", "output": "b", "history": "c"}]', "sft", "history is not a list of"),
+    ],
+)
+def test_unusable_input_is_said_and_nothing_is_written(
+    tokenizer: Path, tmp_path: Path, name: str, content: str | bytes, command: str, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    template = ["--template", "chatml"] if command == "sft" else []
+    output = tmp_path / "new/x"
+    run = data(command, tmp_path / name, "--tokenizer", tokenizer, "--output", output, *template)
+    assert run.returncode == 2
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr
+    assert all(line.startswith(("error: ", "tokenizing")) for line in run.stderr.splitlines())
+    assert leftovers(tmp_path / "new") == []
+    assert run.stdout == ""
+
+
+def test_wrong_options_are_said(tokenizer: Path, tmp_path: Path) -> None:
+    source = lines(tmp_path / "in.jsonl", 3)
+    (tmp_path / "bare").mkdir()
+    output = ["--output", tmp_path / "x"]
+    ok = ["pretrain", source, "--tokenizer", tokenizer]
+    assert data(*ok, *output).returncode == 0
+    before = leftovers(tmp_path)
+    for arguments, said in [
+        (["pretrain", tmp_path / "no.txt", "--tokenizer", tokenizer, *output], "no.txt: no such file or folder"),
+        (["pretrain", source, "--tokenizer", tmp_path / "no", *output], "no: no such folder"),
+        (["pretrain", source, "--tokenizer", tmp_path / "bare", *output], "bare: holds no tokenizer"),
+        ([*ok, *output], "x_text_document.idx: exists already; choose another --output, or replace it"),
+        ([*ok, "--output", tmp_path], f"{tmp_path}: --output is the beginning of file names, not a folder"),
+        ([*ok, "--output", source / "x"], "cannot be made a folder, a file is in the way"),
+        ([*ok, *output, "--eod-token", "<eod>"], "'<eod>' is not one of its tokens"),
+        ([*ok, *output, "--bos"], "has no BOS token"),
+        ([*ok, *output, "--map-keys", "{"], "--map-keys: not valid JSON"),
+        ([*ok, *output, "--map-keys", '{"txt": "a"}'], "--map-keys: format text has no txt; it has text"),
+        ([*ok, *output, "--dtype", "int8"], "int8"),
+        (["sft", source, "--tokenizer", tokenizer, *output], "brings no chat template; choose one of"),
+        (["sft", source, "--tokenizer", tokenizer, "--template", "x", *output], "no template is called x"),
+        (["sft", source, "--tokenizer", tokenizer, "--format", "belle", *output], "--format belle: known are alpaca"),
+        (["show", tmp_path / "none"], "no data set of that prefix"),
+        (["verify", tmp_path / "none"], "no data set of that prefix"),
+        (["show", tmp_path / "x", "--start", "3"], "holds 3 samples"),
+    ]:
+        run = data(*arguments)
+        assert (run.returncode, "Traceback" in run.stderr) == (2, False), run.stderr
+        assert said in run.stderr
+        assert len(run.stderr.splitlines()) == 1
+    assert leftovers(tmp_path) == before
+    assert data(*ok, *output, "--overwrite").returncode == 0
+
+
+def test_verify_finds_what_was_changed(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text(json.dumps(ALPACA))
+    data("sft", tmp_path / "in.json", "--tokenizer", tokenizer, "--template", "chatml", "--output", tmp_path / "x")
+    labels = tmp_path / "x_packed_labels_document.bin"
+    ids = np.fromfile(labels, np.int32)
+    learned = np.flatnonzero(ids != -100)
+    for change, said in [
+        ((learned[0], 7), "sample 0 has a label that is not the id"),
+        ((None, 5), "bytes, its index asks"),
+    ]:
+        changed = ids.copy()
+        if change[0] is None:
+            changed = np.append(changed, np.int32(1))
+        else:
+            changed[change[0]] = change[1]
+        changed.tofile(labels)
+        run = data("verify", tmp_path / "x")
+        assert run.returncode == 2
+        assert said in run.stderr
+
+
+def test_a_data_set_of_the_other_kind_is_told_apart(tokenizer: Path, tmp_path: Path) -> None:
+    from mindspeed_core.errors import InputError
+
+    (tmp_path / "in.json").write_text(json.dumps(ALPACA))
+    options = ["--tokenizer", tokenizer, "--output"]
+    assert data("sft", tmp_path / "in.json", "--template", "empty", *options, tmp_path / "s").returncode == 0
+    assert data("pretrain", lines(tmp_path / "t.jsonl", 3), *options, tmp_path / "t").returncode == 0
+    for name in ("t", "t_text_document", "t_text_document.idx"):
+        assert sidecar.text_prefix(tmp_path / name) == tmp_path / "t_text_document"
+        assert not sidecar.is_instruction(tmp_path / name)
+    for name in ("s", "s_packed", "s_packed_input_ids_document", "s_packed_labels_document.bin"):
+        assert sidecar.instruction_prefix(tmp_path / name) == tmp_path / "s"
+        assert sidecar.is_instruction(tmp_path / name)
+    with pytest.raises(InputError, match="this is instruction data; train on it with sft"):
+        sidecar.text_prefix(tmp_path / "s")
+    with pytest.raises(InputError, match="this is text; train on it with pretrain"):
+        sidecar.instruction_prefix(tmp_path / "t")
+    other = Tokenizer.load(tiny_tokenizer(tmp_path / "other", size=300))
+    for name in ("s", "t"):
+        sidecar.check_tokenizer(tmp_path / name, Tokenizer.load(tokenizer))
+        with pytest.raises(InputError, match="was made with the tokenizer"):
+            sidecar.check_tokenizer(tmp_path / name, other)
+    for path in tmp_path.glob("*.meta.json"):
+        path.unlink()
+    small = Tokenizer.load(tiny_tokenizer(tmp_path / "small", size=100))
+    for name in ("s", "t"):
+        sidecar.check_tokenizer(tmp_path / name, Tokenizer.load(tokenizer))
+    (tmp_path / "t_text_document.bin").write_bytes(
+        b"\xff\xff\0\0" * IndexedDataset(tmp_path / "t_text_document").tokens
+    )
+    with pytest.raises(InputError, match="holds the id 65535, beyond"):
+        sidecar.check_tokenizer(tmp_path / "t", small)
+
+
+def test_ctrl_c_ends_at_once_and_leaves_nothing(tokenizer: Path, tmp_path: Path) -> None:
+    source = lines(tmp_path / "in.jsonl", 5000)
+    with open(source, "a") as file:
+        for _ in range(120):
+            file.write(json.dumps({"text": "the quick brown fox " * 20_000}) + "\n")
+    command = [sys.executable, "-m", "mindspeed_data", "pretrain", source, "--tokenizer", tokenizer, "--workers", "2"]
+    process = subprocess.Popen(
+        [*map(str, command), "--output", str(tmp_path / "new/x")], stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("new/*.tmp")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted")
+    assert leftovers(tmp_path / "new") == []
+
+
+def test_workers_end_with_their_parent(tokenizer: Path, tmp_path: Path) -> None:
+    program = """
+import os, time
+from mindspeed_data.pool import Pool
+from tests.data.test_preprocess import Sleep
+pool = Pool(Sleep(), 2)
+for process in [worker.process for worker in pool._workers]:
+    print(process.pid, flush=True)
+for pid in pool.map([0, 0]):
+    pass
+print("ready", flush=True)
+os.kill(os.getpid(), 9)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2]
+    )
+    pids = [int(line) for line in run.stdout.split()[:2]]
+    assert "ready" in run.stdout, run.stderr
+    deadline = time.monotonic() + 10
+    while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_alive(pid) for pid in pids)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+class Sleep:
+    """Work that sleeps, for pools."""
+
+    def start(self) -> Callable[[float], None]:
+        return time.sleep
+
+
+class Fail:
+    """Work that fails as it is told to."""
+
+    def start(self) -> Callable[[str], str]:
+        return self.work
+
+    def work(self, item: str) -> str:
+        from mindspeed_core.errors import InputError
+
+        if item == "input":
+            raise InputError("a bad file")
+        if item == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == "bug":
+            raise KeyError("x")
+        return item
+
+
+@pytest.mark.parametrize(
+    ("item", "kind", "said"),
+    [
+        ("input", "InputError", "a bad file"),
+        ("killed", "InputError", "a worker was killed"),
+        ("bug", "RuntimeError", "KeyError: 'x'"),
+    ],
+)
+def test_an_error_in_a_worker_reaches_the_parent(item: str, kind: str, said: str) -> None:
+    from mindspeed_data.pool import Pool
+
+    with Pool(Fail(), 2) as pool, pytest.raises(Exception, match=said) as caught:
+        list(pool.map(["a", "b", item, "c"]))
+    assert type(caught.value).__name__ == kind
+
+
+def test_results_come_in_order_and_items_are_taken_as_needed() -> None:
+    from mindspeed_data.pool import AHEAD, Pool
+
+    taken = []
+
+    def items() -> Iterator[str]:
+        for i in range(40):
+            taken.append(i)
+            yield str(i)
+
+    with Pool(Fail(), 3) as pool:
+        for n, result in enumerate(pool.map(items())):
+            assert result == str(n)
+            assert len(taken) <= n + 1 + 3 * AHEAD
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mindspeed_core.cli import fault_of_environment
+    from mindspeed_data import formats, preprocess
+    from mindspeed_data.indexed import IndexedWriter
+    from mindspeed_data.tokenize import TextJob
+
+    class Full:
+        """A file on a disk that is full."""
+
+        def write(self, block: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    start = IndexedWriter.__init__
+
+    def filled(self: IndexedWriter, *arguments: object) -> None:
+        start(self, *arguments)
+        self._ids.close()
+        self._ids = Full()
+
+    monkeypatch.setattr(IndexedWriter, "__init__", filled)
+    sources = readers.find([lines(tmp_path / "in.jsonl", 10)])
+    job = TextJob(
+        sources=sources,
+        tokenizer=Tokenizer.load(tokenizer),
+        format=formats.TEXT,
+        keys=formats.TEXT.keys,
+        fast=False,
+        dtype=np.dtype("int32"),
+    )
+    with pytest.raises(OSError, match="No space left") as caught:
+        preprocess.run(job, tmp_path / "new/x")
+    assert "x_text_document.bin.tmp: no space left on device; free some space" in str(
+        fault_of_environment(caught.value)
+    )
+    assert leftovers(tmp_path / "new") == []
+
+
+def test_an_encoder_that_disagrees_later_is_given_up(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mindspeed_data import formats, preprocess, tokenize
+    from mindspeed_data.tokenize import TextJob
+
+    loaded = Tokenizer.load(tokenizer)
+    monkeypatch.setattr(preprocess, "encoders_agree", lambda *_: True)
+    monkeypatch.setattr(tokenize, "gigatoken_encoder", lambda _: lambda text: [0])
+    job = TextJob(
+        sources=readers.find([lines(tmp_path / "in.jsonl", 10)]),
+        tokenizer=loaded,
+        format=formats.TEXT,
+        keys=formats.TEXT.keys,
+        fast=False,
+        dtype=np.dtype("int32"),
+    )
+    preprocess.run(job, tmp_path / "x")
+    text = json.loads((tmp_path / "in.jsonl").read_text().splitlines()[0])["text"]
+    assert IndexedDataset(tmp_path / "x_text_document")[0].tolist() == loaded.encode(text)
+
+
+def test_the_fast_encoder_is_only_used_where_it_agrees(tokenizer: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    from mindspeed_data.tokenize import encoders_agree
+
+    loaded = Tokenizer.load(tokenizer)
+    assert encoders_agree(loaded, ["the lazy dog"])
+    words = Backend(models.WordLevel({"the": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    other = Tokenizer(folder=Path("words"), backend=words, bos=None, eos=None, pad=None)
+    assert not encoders_agree(other, ["the lazy dog"])
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    "folder", ["tokenizers/qwen3", "tokenizers/gpt2", "tokenizers/mistral_v1", "models/stories260k_hf"]
+)
+def test_real_text_gets_the_ids_of_the_plain_tokenizer(shared_data: Path, tmp_path: Path, folder: str) -> None:
+    files = [shared_data / "pretrain" / name for name in ("c4_demo.jsonl", "zh_tang_poetry.jsonl")]
+    run = data("pretrain", *files, "--tokenizer", shared_data / folder, "--output", tmp_path / "x", "--workers", "2")
+    assert run.returncode == 0, run.stderr
+    loaded, written = Tokenizer.load(shared_data / folder), IndexedDataset(tmp_path / "x_text_document")
+    texts = [json.loads(line)["text"] for file in files for line in file.read_text().splitlines()]
+    assert len(written) == len(texts)
+    for i in range(0, len(texts), 50):
+        assert written[i].tolist() == loaded.encode(texts[i])
