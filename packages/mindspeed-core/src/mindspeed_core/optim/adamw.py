@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class AdamW(torch.optim.Optimizer):
@@ -37,19 +38,15 @@ class AdamW(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            for p in params:
-                state = self.state[p]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
+            states = [self.init_state(p) for p in params]
             beta1, beta2 = group["betas"]
             # the kernel reads the number of the step being taken, one tensor per parameter, and does not change it
             step = torch.tensor(float(group["step"]), device=params[0].device)
             torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 [],
                 [step] * len(params),
                 lr=group["lr"],
@@ -60,3 +57,11 @@ class AdamW(torch.optim.Optimizer):
                 amsgrad=False,
                 maximize=False,
             )
+
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+        """Return the two moments of a parameter, zero before its first step."""
+        state = self.state[param]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        return state

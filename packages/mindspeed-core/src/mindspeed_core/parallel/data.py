@@ -1,0 +1,40 @@
+"""Data parallelism: copies of the model on different micro batches, whose gradients are summed.
+
+    rank          dp 0            dp 1
+    micro batch   0, 2, 4 ...     1, 3, 5 ...      every copy adds its sums of the loss into fp32 `main_grad`
+    then          sum over dp, divided once by the number of tokens of the whole global batch
+
+Dividing once, by the tokens of all, is what makes the gradient that of one process, whatever the split and however
+long the samples are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mindspeed_core.optim.build import OptimConfig
+from mindspeed_core.parallel.mesh import Mesh
+
+
+def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> list[Any]:
+    """Return the model's chunks with their gradient buffers, ready for `build_optimizer` and the schedules."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
+        use_distributed_optimizer=config.distributed,
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=place > 0, pg_collection=mesh.groups)
+        for place, chunk in enumerate(chunks)
+    ]
+    for chunk in chunks:
+        assert chunk.config.calculate_per_token_loss, "the loss must be a sum over tokens"
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
