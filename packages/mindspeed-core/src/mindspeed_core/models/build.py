@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -83,7 +84,9 @@ def transformer_config(
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
-    return TransformerConfig(**{**fields, **more})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own defaults for CUDA graphs
+        return TransformerConfig(**{**fields, **more})
 
 
 def build_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -45,6 +46,7 @@ class LanguageModel(LanguageModule):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.arch, self.kernels = arch, kernels
+        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.pre_process, self.post_process = first, last  # Megatron's schedules and tied embeddings read these names
         self.share_embeddings_and_output_weights = arch.tied
         inverse, self.rope_factor = rope.frequencies(arch)
