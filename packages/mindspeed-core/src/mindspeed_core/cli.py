@@ -46,6 +46,7 @@ SURROUNDINGS = {
     "HF_EVALUATE_OFFLINE": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
     "TOKENIZERS_PARALLELISM": "false",  # its threads and our worker processes would wait for each other
+    "TQDM_DISABLE": "1",  # `progress` shows how far things are
 }
 
 

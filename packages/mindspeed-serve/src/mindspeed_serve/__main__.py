@@ -83,6 +83,7 @@ def chat(
 ) -> None:
     """Chat in the terminal, or answer the lines of a pipe."""
     sampling = _sampling(temperature, top_k, top_p, seed, max_new_tokens)
+    _check_template(template)
 
     def work(engine: Engine) -> None:
         from mindspeed_serve.assistant import Assistant
@@ -115,6 +116,7 @@ def web(
 ) -> None:
     """Serve a chat page; its address is printed when it is ready."""
     sampling = _sampling(temperature, top_k, top_p, seed, max_new_tokens)
+    _check_template(template)
 
     def work(engine: Engine) -> None:
         from mindspeed_serve.assistant import Assistant
@@ -134,6 +136,12 @@ def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None, ma
     from mindspeed_core.generate.sampling import SamplingConfig
 
     return SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
+
+
+def _check_template(name: str | None) -> None:
+    from mindspeed_core import templates
+
+    templates.template(name)
 
 
 def _on_ranks(work: Callable[[Engine], None], model: Path, *, tp: int, pp: int, **options: Any) -> None:

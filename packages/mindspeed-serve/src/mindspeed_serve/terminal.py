@@ -56,10 +56,8 @@ class Chat:
     def _line(self) -> str | None:
         """Return what the user enters next; None at the end of the input."""
         try:
-            if _at_terminal():
-                return input("> ")
-            line = sys.stdin.readline()
-            return line or None
+            with self._interrupts.raised():
+                line = f"{input('> ')}\n" if _at_terminal() else sys.stdin.readline()
         except EOFError:
             _write("\n")
             return None
@@ -67,7 +65,8 @@ class Chat:
             if self._interrupts.again():
                 raise
             console.print(f"\nCtrl-C again quits; {HELP}", style="dim")
-            return ""
+            return "\n"
+        return line or None
 
     def _answer(self, text: str) -> None:
         asked = [*self.messages, {"role": "user", "content": text}]
@@ -79,13 +78,12 @@ class Chat:
                     f"(the oldest {len(asked) - len(fitting)} messages no longer fit and are left out)", style="dim"
                 )
             pieces: Any = self.assistant.reply(asked, self.sampling, system=self.system)
-            with self._interrupts.held() as stopped:
-                for piece in pieces:
-                    answer += piece
-                    _write(piece)
-                    if stopped():
-                        pieces.close()
-                        break
+            for piece in pieces:
+                answer += piece
+                _write(piece)
+                if self._interrupts.wished:
+                    break
+            pieces.close()
         except InputError as error:  # a question that is too long ends no conversation
             console.print(f"error: {error}", style="red")
             return
@@ -94,16 +92,16 @@ class Chat:
 
 
 class _Interrupts:
-    """Ctrl-C: during an answer the first one is a wish to stop it, noticed between two tokens; else KeyboardInterrupt.
+    """Ctrl-C: KeyboardInterrupt while we wait for a line, else a wish that is noticed between two tokens.
 
-    An exception in the middle of a step would leave the other ranks behind.
+    An exception in the middle of a step would leave the other ranks behind. A second Ctrl-C does not wait for that.
     """
 
     def __init__(self) -> None:
+        self.wished = False  # since the last line was entered
+        self._waiting = False
+        self._in_a_row = 0  # at the prompt
         self._before: Any = None
-        self._answering = False
-        self._wished = False
-        self._unanswered = 0  # in a row, at the prompt
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -115,29 +113,27 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self._before)
 
     @contextmanager
-    def held(self) -> Iterator[Any]:
-        """Hold Ctrl-C back; the block asks the yielded function whether one came."""
-        self._answering, self._wished, self._unanswered = True, False, 0
+    def raised(self) -> Iterator[None]:
+        """Let Ctrl-C end the block by KeyboardInterrupt."""
+        self._waiting = True
         try:
-            yield lambda: self._wished
+            yield
+            self._in_a_row, self.wished = 0, False
         finally:
-            self._answering = False
+            self._waiting = False
 
     def again(self) -> bool:
         """Return whether the last thing the user did was Ctrl-C too."""
-        self._unanswered += 1
-        return self._unanswered > 1
+        self._in_a_row += 1
+        return self._in_a_row > 1
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self._answering and not self._wished:
-            self._wished = True
-            if callable(self._before):
-                with suppress(KeyboardInterrupt):
-                    self._before(number, frame)  # tells the launcher that it was noticed
-            return
         if callable(self._before):
-            self._before(number, frame)
-        raise KeyboardInterrupt
+            with suppress(KeyboardInterrupt):
+                self._before(number, frame)  # tells the launcher that it was noticed
+        if self._waiting or self.wished:
+            raise KeyboardInterrupt
+        self.wished = True
 
 
 def _at_terminal() -> bool:
