@@ -92,7 +92,7 @@ def parameters(
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[Any], tensors: Tensors, family: Family, arch: Architecture, mesh: Mesh) -> None:
-    """Fill every parameter of this rank from `tensors`, one Megatron tensor at a time, and mark how it is cut."""
+    """Fill every parameter of this rank from `tensors`, one Megatron tensor at a time, and `mark` it."""
     chunks = [unwrap(chunk) for chunk in chunks]
     for name, placed, parameter in parameters(chunks, family, arch):
         parts = []
@@ -111,7 +111,16 @@ def load_weights(chunks: Sequence[Any], tensors: Tensors, family: Family, arch: 
         if shard.shape != parameter.shape:
             raise ValueError(f"{name}: the rows give {list(shard.shape)}, the model has {list(parameter.shape)}")
         parameter.copy_(shard)
-        # what Megatron's own initialisation would have marked: norms count a replicated parameter once
+    mark(chunks, family, arch)
+
+
+def mark(chunks: Sequence[Any], family: Family, arch: Architecture) -> None:
+    """Mark on every parameter how it is cut, as Megatron's own initialisation would: norms count what is replicated once.
+
+    `load_weights` does it too; a run that goes on from a training checkpoint needs only this.
+    """
+    for _name, placed, parameter in parameters([unwrap(chunk) for chunk in chunks], family, arch):
+        kind = placed.row.kind
         marks: Any = parameter
         marks.tensor_model_parallel = kind.axis is not None
         marks.partition_dim = -1 if kind.axis is None else 1 if kind.name == "row" else 0
