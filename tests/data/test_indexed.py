@@ -36,7 +36,7 @@ def test_the_bytes_of_a_pair_are_golden(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.uint16])
-def test_megatron_reads_what_we_write(tmp_path: Path, dtype: type) -> None:
+def test_megatron_reads_what_we_write(megatron: None, tmp_path: Path, dtype: type) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset as Megatron
 
     sequences = [[1, 2, 3], [], [4], list(range(100))]
@@ -50,7 +50,7 @@ def test_megatron_reads_what_we_write(tmp_path: Path, dtype: type) -> None:
     assert theirs.get(3, offset=5, length=7).tolist() == ours.part(3, 5, 12).tolist()
 
 
-def test_what_megatron_writes_we_read_and_write_alike(tmp_path: Path) -> None:
+def test_what_megatron_writes_we_read_and_write_alike(megatron: None, tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -67,7 +67,7 @@ def test_what_megatron_writes_we_read_and_write_alike(tmp_path: Path) -> None:
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
 
 
-def test_documents_of_several_sequences_are_read(tmp_path: Path) -> None:
+def test_documents_of_several_sequences_are_read(megatron: None, tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
