@@ -35,11 +35,11 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in bf16, made once per user and machine."""
-    from tests.smollm2 import Unavailable, folder
+    from tests.smollm2 import UnavailableError, folder
 
     try:
         return folder()
-    except Unavailable as error:
+    except UnavailableError as error:
         pytest.skip(f"no SmolLM2-135M-Instruct: {error}")
 
 
