@@ -37,6 +37,19 @@ def test_attention_is_causal_with_the_queries_last(s: int, t: int, groups: int):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("s", [4, 5, 16, 33])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_in_blocks_equals_the_reference(s: int, groups: int):
+    torch.manual_seed(0)
+    q = torch.randn(s, 2, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(s, 2, groups, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ours, oracle = (side(q, k, v, scale=0.3) for side in (attention.cpu, attention.reference))
+    torch.testing.assert_close(ours, oracle)
+    weight = torch.randn_like(oracle)
+    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, oracle)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_attention_sees_what_the_mask_shows():
     torch.manual_seed(0)
     q, k, v = (torch.randn(5, 2, 2, 8, dtype=torch.float64) for _ in range(3))
@@ -127,6 +140,7 @@ def test_an_ignored_label_costs_nothing():
 def test_fused_where_the_device_has_none_is_refused():
     with pytest.raises(InputError, match="cpu has no fused swiglu"):
         select(Device("cpu"), KernelConfig(swiglu="fused"))
-    assert select(Device("cpu")).attention is attention.reference
+    assert select(Device("cpu")).attention is attention.cpu
+    assert select(Device("cuda")).attention is attention.reference
     assert select(Device("npu")).attention is attention.npu
     assert select(Device("npu"), KernelConfig(attention="reference")).attention is attention.reference

@@ -43,7 +43,7 @@ class Kernels:
 
 
 SIDES: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "attention": {"reference": attention.reference, "npu": attention.npu},
+    "attention": {"reference": attention.reference, "cpu": attention.cpu, "npu": attention.npu},
     "rms_norm": {"reference": rms_norm.reference, "npu": rms_norm.npu},
     "swiglu": {"reference": swiglu.reference, "npu": swiglu.npu},
     "rotary": {"reference": rotary.reference, "npu": rotary.npu},

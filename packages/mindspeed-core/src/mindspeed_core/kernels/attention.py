@@ -7,7 +7,8 @@ s of the t positions.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,77 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | N
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.permute(2, 0, 1, 3)
+
+
+BLOCKS = 4  # of query rows: more skip more of the empty triangle, fewer make larger products
+LONGEST = 512  # the probabilities kept for the backward pass grow with the square of the length
+
+
+def cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Attention on a CPU: in blocks of rows while a sequence is short, torch's flash attention beyond.
+
+    torch's CPU kernel recomputes the probabilities in the backward pass, which pays only for long sequences.
+    """
+    s, t = q.shape[0], k.shape[0]
+    if mask is None and s == t and BLOCKS <= s <= LONGEST:
+        return _Blocked.apply(q, k, v, scale)
+    return reference(q, k, v, scale=scale, mask=mask)
+
+
+class _Blocked(torch.autograd.Function):
+    """Causal attention, a block of query rows at a time against the keys up to its end.
+
+    queries 0..3   x . . .        the queries of one group lie under each other, so that a block is one product
+    queries 4..7   x x . .        of [rows, d] and [d, keys] for every key head
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        s, b, n, d = q.shape
+        g = k.shape[2]
+        queries = q.permute(1, 2, 0, 3).reshape(b * g, n // g, s, d)
+        keys, values = (x.permute(1, 2, 0, 3).reshape(b * g, s, d) for x in (k, v))
+        out = torch.empty_like(queries)
+        kept = []
+        for start, stop in _spans(s):
+            rows = queries[:, :, start:stop].reshape(b * g, -1, d)
+            scores = torch.bmm(rows, keys[:, :stop].transpose(1, 2)).mul_(scale)
+            corner = scores.view(b * g, n // g, stop - start, stop)[..., start:]
+            corner.masked_fill_(_upper(stop - start, q.device), float("-inf"))
+            probabilities = scores.softmax(-1)
+            out[:, :, start:stop] = torch.bmm(probabilities, values[:, :stop]).view(b * g, n // g, -1, d)
+            kept.append(probabilities)
+        ctx.scale, ctx.shape = scale, (s, b, n, g, d)
+        ctx.save_for_backward(queries, keys, values, *kept)
+        return out.view(b, n, s, d).permute(2, 0, 1, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        queries, keys, values, *kept = ctx.saved_tensors
+        s, b, n, g, d = ctx.shape
+        grad = grad.permute(1, 2, 0, 3).reshape(b * g, n // g, s, d)
+        grad_queries = torch.empty_like(queries)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for (start, stop), probabilities in zip(_spans(s), kept, strict=True):
+            rows, mine = (x[:, :, start:stop].reshape(b * g, -1, d) for x in (queries, grad))
+            grad_values[:, :stop] += torch.bmm(probabilities.transpose(1, 2), mine)
+            inner = torch.bmm(mine, values[:, :stop].transpose(1, 2))
+            # the softmax's own backward: p * (x - sum(p * x)), then the scale of the scores
+            inner = torch._softmax_backward_data(inner, probabilities, -1, probabilities.dtype).mul_(ctx.scale)
+            grad_queries[:, :, start:stop] = torch.bmm(inner, keys[:, :stop]).view(b * g, n // g, -1, d)
+            grad_keys[:, :stop] += torch.bmm(inner.transpose(1, 2), rows)
+        back = (x.view(b, -1, s, d).permute(2, 0, 1, 3) for x in (grad_queries, grad_keys, grad_values))
+        return (*back, None)
+
+
+def _spans(s: int) -> list[tuple[int, int]]:
+    size = -(-s // BLOCKS)
+    return [(start, min(start + size, s)) for start in range(0, s, size)]
+
+
+@cache
+def _upper(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
 
 
 def npu(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -49,7 +121,7 @@ def npu(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = 
     return out.unflatten(2, q.shape[2:])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _triangle(device: torch.device) -> Tensor:
     # the compressed causal mask every sparse mode but 0 wants, whatever the lengths
     return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
