@@ -106,8 +106,9 @@ def _outcome(app: typer.Typer) -> int:
         return _ended(end.exit_code)
     except SystemExit as end:
         return _ended(end.code)
-    except (KeyboardInterrupt, typer.Abort):
-        return _tell(130, "interrupted\n")
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        where = f" {stop}" if str(stop) else ""  # a command may say where it stands and how to go on
+        return _tell(130, f"interrupted{where}\n")
     except usage_error as error:
         return _usage(error)
     except BaseException as error:

@@ -52,6 +52,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def by_us() -> bool:
+    """True when this process is a rank of our launcher: the same command line has run in the launcher up to `run_ranks`."""
+    return FOLDER in os.environ and _own_rank()
+
+
 def world() -> tuple[int, int]:
     """(rank, world size); (0, 1) when nobody launched us."""
     if not launched():

@@ -1,5 +1,78 @@
 """The `mindspeed-train` command."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from mindspeed_core.cli import command_line, run
+
+if TYPE_CHECKING:
+    from mindspeed_train.config import Recipe
+
+app = command_line("mindspeed-train", "Train language models from a recipe.")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of the run.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the recipe: parallel.tp=2 optim.lr=1e-4."),
+]
+OTHERS = ("align",)  # sections of other commands
+
+
+@app.command()
+def pretrain(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Learn every token of a text, from random weights or from a checkpoint."""
+    _train("pretrain", recipe, overrides or [])
+
+
+@app.command()
+def sft(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Fine-tune on instructions: the answers are learned, the questions are given."""
+    _train("sft", recipe, overrides or [])
+
+
+def _train(name: str, path: Path, overrides: list[str]) -> None:
+    from mindspeed_core import launch
+    from mindspeed_core.recipe import load
+    from mindspeed_train.config import Recipe
+
+    recipe = load(Recipe, path, overrides, ignore=OTHERS)
+    if launch.launched():
+        world_size = launch.world()[1]
+    else:
+        from mindspeed_core.device import Device
+
+        world_size = recipe.parallel.world_size(Device.open(recipe.device).count())
+    if launch.world()[0] == 0 and not launch.by_us():  # our launcher has checked before it started the ranks
+        from mindspeed_train.check import check
+        from mindspeed_train.tasks import TASKS
+
+        check(recipe, TASKS[name], world_size=world_size)
+    launch.run_ranks(lambda: _run(recipe, name), world_size)
+
+
+def _run(recipe: Recipe, name: str) -> None:
+    from mindspeed_core import megatron
+    from mindspeed_core.device import Device
+
+    megatron.load(Device.open(recipe.device))  # before anything imports Megatron
+    from mindspeed_train.tasks import TASKS
+    from mindspeed_train.trainer import Trainer
+
+    trainer = Trainer(recipe, TASKS[name])
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(trainer.how_to_continue()) from None
+    trainer.close()
+
 
 def main() -> None:
-    raise SystemExit(0)
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

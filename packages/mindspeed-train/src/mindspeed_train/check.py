@@ -1,0 +1,90 @@
+"""Checks a recipe against the files it names, before any rank starts; all that is wrong is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mindspeed_core.errors import InputError
+from mindspeed_core.models import build
+from mindspeed_core.tokenizer import Tokenizer
+from mindspeed_data import sidecar
+from mindspeed_train.config import Recipe, batch_problems
+from mindspeed_train.model import Model, find_model
+from mindspeed_train.tasks import Task
+
+
+def check(recipe: Recipe, task: Task, *, world_size: int) -> None:
+    """Raise one InputError with a line for everything that would stop the run."""
+    problems: list[str] = []
+
+    def hold(rule: Callable[[], None]) -> None:
+        try:
+            rule()
+        except InputError as error:
+            problems.extend(str(error).splitlines())
+
+    hold(lambda: recipe.parallel.check(world_size))
+    if not problems and recipe.parallel.dp is None:
+        problems += batch_problems(recipe.batch, world_size // recipe.parallel.model_ranks)
+    found: list[Model] = []
+    hold(lambda: found.append(find_model(recipe)))
+    prefixes = [prefix for name in ("train", "valid") for prefix in task.prefixes(getattr(recipe.data, name))]
+    if found:
+        problems += _model_problems(recipe, task, found[0])
+        hold(lambda: _check_data(recipe, task, found[0], prefixes))
+    else:
+        for prefix in prefixes:
+            hold(lambda prefix=prefix: task.find(prefix))
+    hold(lambda: task.check(recipe))
+    folder = recipe.checkpoint.folder
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        problems.append(f"checkpoint.folder={folder}: {file} is a file; name a folder")
+    if problems:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+
+
+def _model_problems(recipe: Recipe, task: Task, model: Model) -> list[str]:
+    problems = build.check(model.arch, recipe.parallel)
+    length = model.seq_length(recipe)
+    if length > model.arch.max_positions:
+        problems.append(
+            f"data.seq_length={length} is more than the max_position_embeddings={model.arch.max_positions} of the model; "
+            f"use at most {model.arch.max_positions}"
+        )
+    tp = recipe.parallel.tp
+    if recipe.parallel.sp and not task.varies and length % tp:
+        problems.append(
+            f"parallel.sp cuts every sequence over tp={tp} ranks, which does not divide data.seq_length={length}; "
+            f"use {length // tp * tp or tp}"
+        )
+    return problems
+
+
+def _check_data(recipe: Recipe, task: Task, model: Model, prefixes: list[str]) -> None:
+    """Raise where data is missing or of another kind, or where data, tokenizer and vocabulary are not of one piece."""
+    problems = []
+    tokenizer = None
+    try:
+        tokenizer = Tokenizer.load(model.tokenizer)
+        if tokenizer.vocab_size > model.arch.vocab_size:
+            problems.append(
+                f"data.tokenizer={model.tokenizer}: has {tokenizer.vocab_size:,} ids, more than the "
+                f"vocab_size={model.arch.vocab_size:,} of the model; use its own tokenizer"
+                + (f", or set model.vocab_size={tokenizer.vocab_size}" if recipe.model.random else "")
+            )
+    except InputError as error:
+        problems.append(str(error))
+    for prefix in prefixes:
+        try:
+            task.find(prefix)
+            if tokenizer is not None:
+                sidecar.check_tokenizer(prefix, tokenizer)
+            known = sidecar.read(prefix)
+            wanted = recipe.data.template
+            if wanted is not None and known is not None and known.template not in (None, wanted):
+                problems.append(f"data.template={wanted}: {prefix} was made with the template {known.template}")
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))

@@ -1,0 +1,79 @@
+"""One global batch through the pipeline: forward, or forward and backward, and the loss of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_core.parallel.mesh import Mesh
+from mindspeed_data.batches import Batch
+
+Forward = Callable[[Any, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a global batch came to, the same on every rank."""
+
+    total: float  # the sum of weight * loss over all tokens
+    tokens: int  # those that counted in the loss
+    positions: int  # those that were computed, padding included
+
+    @property
+    def mean(self) -> float:
+        """The mean over the tokens of the global batch."""
+        return self.total / max(1, self.tokens)
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(self.total + other.total, self.tokens + other.tokens, self.positions + other.positions)
+
+
+def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, forward: Forward, *, train: bool) -> Loss:
+    """Run this rank's micro batches of one global batch; with `train` the gradients lie ready in `main_grad`.
+
+    Gradients are those of the mean over the tokens of the global batch: Megatron's schedule sums the micro batches, the
+    data-parallel sum follows, and one division by the number of tokens ends it.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    reports: list[Tensor] = []
+
+    def step(iterator: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        batch = {name: values.to(mesh.device.torch, non_blocking=True) for name, values in next(iterator).items()}
+        return forward(model, batch), partial(_loss, batch)
+
+    rows, length = micro_batches[0]["tokens"].shape
+    with torch.set_grad_enabled(train):
+        reports = get_forward_backward_func(mesh.pp.size, None)(
+            forward_step_func=step,
+            data_iterator=iter(micro_batches),
+            model=chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=not train,
+        )
+    return _everywhere(reports, mesh)
+
+
+def _loss(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's triple: what to differentiate, the number of tokens to divide by in the end, what to report."""
+    tokens = batch["weights"].sum()
+    positions = torch.tensor(float(batch["tokens"].numel()), device=output.device)
+    return output, tokens.int(), torch.stack([output.detach().float(), tokens, positions])
+
+
+def _everywhere(reports: list[Tensor], mesh: Mesh) -> Loss:
+    """Sum the reports of all micro batches over all ranks; each micro batch is counted on one rank of its copy."""
+    total = torch.zeros(3, device=mesh.device.torch)
+    if mesh.is_last_stage and mesh.tp.rank == 0 and mesh.cp.rank == 0:
+        total = torch.stack(reports).sum(0)
+    dist.all_reduce(total)
+    loss, tokens, positions = total.tolist()
+    return Loss(loss, round(tokens), round(positions))
