@@ -17,7 +17,7 @@ def check(recipe: Recipe, task: Task, *, world_size: int) -> None:
     """Raise one InputError with a line for everything that would stop the run."""
     problems: list[str] = []
 
-    def hold(rule: Callable[[], None]) -> None:
+    def hold(rule: Callable[[], object]) -> None:
         try:
             rule()
         except InputError as error:

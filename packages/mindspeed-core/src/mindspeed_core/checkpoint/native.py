@@ -242,24 +242,26 @@ def _optimizer_step(state: State) -> int:
 
 def _random_states(mesh: Mesh) -> dict[str, torch.Tensor]:
     """Return the state of every random generator of this rank."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
     states = {"host": torch.get_rng_state()}
     if mesh.device.module is not None:
         states["device"] = mesh.device.module.get_rng_state()
-    return states | {f"megatron.{name}": value for name, value in get_cuda_rng_tracker().get_states().items()}
+    return states | {f"megatron.{name}": value for name, value in _tracker().get_states().items()}
 
 
 def _set_random_states(mesh: Mesh, states: dict[str, torch.Tensor]) -> None:
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
     torch.set_rng_state(states["host"])
     if mesh.device.module is not None:
         mesh.device.module.set_rng_state(states["device"])
     prefix = "megatron."
-    get_cuda_rng_tracker().set_states(
+    _tracker().set_states(
         {name.removeprefix(prefix): value for name, value in states.items() if name.startswith(prefix)}
     )
+
+
+def _tracker() -> Any:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker()
 
 
 def _random_pieces(mesh: Mesh, states: dict[str, torch.Tensor]) -> Iterator[Piece]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,14 +57,14 @@ def weight_pieces(chunks: list[Any], vocab_size: int) -> list[tuple[Tensor, list
 
     found: dict[int, tuple[Tensor, list[Piece]]] = {}
     for chunk in chunks:
-        module = getattr(chunk, "module", chunk)  # data parallelism wraps each chunk
+        module: Any = getattr(chunk, "module", chunk)  # data parallelism wraps each chunk
         # the layers of one model may differ, so each has keys of its own
         state = module.sharded_state_dict(metadata={"non_homogeneous_layers": True})
         for part in state.values():
             if isinstance(part, ShardedTensor | ShardedTensorFactory) and id(part.data) not in found:
                 shards = part.build() if isinstance(part, ShardedTensorFactory) else [part]
                 pieces = [_piece(shard, vocab_size) for shard in shards]
-                found[id(part.data)] = part.data, [piece for piece in pieces if piece.data.numel()]
+                found[id(part.data)] = cast(Tensor, part.data), [piece for piece in pieces if piece.data.numel()]
     return list(found.values())
 
 
@@ -93,13 +93,13 @@ def _mains(inner: Any) -> Iterator[tuple[Tensor, int, int | None, Tensor]]:
             held = inner._get_model_param_range_map(param)["param"]
             yield param, held.start, held.end, inner.optimizer.param_groups[group]["params"][place]
         return
-    params = {}  # of each fp32 master
+    params: dict[int, Any] = {}  # of each fp32 master
     if hasattr(inner, "float16_groups"):
         for group, masters in zip(inner.float16_groups, inner.fp32_from_float16_groups, strict=True):
             params.update({id(master): param for param, master in zip(group, masters, strict=True)})
     for group in inner.optimizer.param_groups:
         for main in group["params"]:
-            yield params.get(id(main), main), 0, None, main
+            yield (params[id(main)] if id(main) in params else main), 0, None, main
 
 
 def _piece(shard: Any, vocab_size: int) -> Piece:
@@ -113,7 +113,7 @@ def _piece(shard: Any, vocab_size: int) -> Piece:
 def _cut(piece: Piece, param: Tensor, start: int, stop: int | None, flat: Tensor, name: str) -> Iterator[Piece]:
     """Yield the boxes of `piece` that the range [start, stop) of its parameter holds; `flat` is the memory of the range."""
     assert piece.data.is_contiguous(), f"{piece.key}: the pieces of one parameter are cut by rows"
-    begin = piece.data.storage_offset() - param.storage_offset()
+    begin = int(piece.data.storage_offset()) - int(param.storage_offset())
     low, high = max(start, begin), min(param.numel() if stop is None else stop, begin + piece.data.numel())
     for offset, sizes in boxes(piece.sizes, low - begin, high - begin):
         place = begin + _flat(offset, piece.sizes) - start

@@ -53,7 +53,7 @@ def write_boxes(
     name = f"__{rank}_0.distcp"
     written = []
     with open(folder / name, "xb") as file:
-        stream = _Told(file)
+        stream: Any = _Told(file)
         for key, offset, values in boxes:
             start = file.tell()
             values = values.detach()
