@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import mindspeed_serve.__main__ as command
 from mindspeed_core.errors import InputError
 from mindspeed_core.generate.sampling import SamplingConfig
-from tests.harness import run_command, run_ranks
+from tests.harness import run_ranks
+from tests.serve.peer import answering
 from tests.tiny_model import tiny_model
 
 SERVE = [sys.executable, "-m", "mindspeed_serve"]
@@ -32,60 +32,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def peer(folder: Path) -> Any:
-    """What transformers answers to messages, greedily, in N tokens."""
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
-
-    def answer(messages: list[dict[str, str]] | str, new: int) -> str:
-        if isinstance(messages, str):
-            ids = tokenizer.encode(messages)
-        else:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer.encode(text, add_special_tokens=False)
-        tokens = torch.tensor([ids])
-        mask = torch.ones_like(tokens)
-        out = model.generate(tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
-        return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-
-    return answer
+    """What transformers answers."""
+    return answering(folder)
 
 
-def talk(folder: Path, lines: str, *options: object) -> subprocess.CompletedProcess[str]:
-    command = [*SERVE, "chat", str(folder), "--temperature", "0", "--max-new-tokens", "12", *map(str, options)]
-    return subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_generate_prints_the_continuation_and_nothing_else(folder: Path, peer: Any) -> None:
-    done = run_command("mindspeed-serve", "generate", folder, "--prompt", "ba da mo", "--max-new-tokens", 20, "--tp", 2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == " " + peer("ba da mo", 20) + "\n"
-    assert done.stderr == ""
-
-
-def test_answers_through_a_pipe_know_what_was_said(folder: Path, peer: Any) -> None:
-    done = talk(
-        folder, "ba da\nmo ku\n/clear\n/nonsense\n\nmo ku\n/quit\nnever asked\n", "--system", "si ti", "--pp", 2
-    )
-    assert done.returncode == 0, done.stderr
-    system = {"role": "system", "content": "si ti"}
-    first = [system, {"role": "user", "content": "ba da"}]
-    one = peer(first, 12)
-    two = peer([*first, {"role": "assistant", "content": one}, {"role": "user", "content": "mo ku"}], 12)
-    three = peer([system, {"role": "user", "content": "mo ku"}], 12)
-    assert two != three
-    assert [line.strip() for line in done.stdout.splitlines()] == [one, two, three]
-    assert "no such command" in done.stderr
-
-
-def in_process(folder: Path, lines: str, chat: bool, sampling: SamplingConfig) -> tuple[str, str]:
+def in_process(
+    folder: Path, lines: str, chat: bool, sampling: SamplingConfig, parallel: dict[str, int] | None = None
+) -> tuple[str, str]:
     """What stands on stdout and stderr after `lines` came in, without the seconds that a new process takes."""
     from mindspeed_core.generate.engine import Engine
     from mindspeed_serve.assistant import Assistant
     from mindspeed_serve.terminal import Chat, continue_text
 
+    engine = Engine.open(folder, **(parallel or {}))
+    if not engine.mesh.is_main:
+        engine.follow()
+        return "", ""
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, Engine.open(folder) as engine:
+    with pytest.MonkeyPatch.context() as patch, engine:
         patch.setattr("sys.stdin", io.StringIO(lines))
         patch.setattr("sys.stdout", out)
         patch.setattr("sys.stderr", err)
@@ -96,9 +60,27 @@ def in_process(folder: Path, lines: str, chat: bool, sampling: SamplingConfig) -
     return out.getvalue(), err.getvalue()
 
 
-def test_a_prompt_is_read_from_stdin(folder: Path, peer: Any) -> None:
-    [(out, _)] = run_ranks(in_process, 1, folder, "ba da\n", False, SamplingConfig(max_new_tokens=5))
-    assert out == " " + peer("ba da", 5) + "\n"
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_generate_writes_the_continuation_and_nothing_else(folder: Path, peer: Any, parallel: dict[str, int]) -> None:
+    [(out, _), _] = run_ranks(in_process, 2, folder, "ba da mo", False, SamplingConfig(max_new_tokens=20), parallel)
+    assert out == " " + peer("ba da mo", 20) + "\n"
+
+
+def test_answers_through_a_pipe_know_what_was_said(folder: Path, peer: Any) -> None:
+    lines = "ba da\nmo ku\n/clear\n/nonsense\n\nmo ku\n/quit\nnever asked\n"
+    options = ["--temperature", "0", "--max-new-tokens", "12", "--system", "si ti"]
+    done = subprocess.run(
+        [*SERVE, "chat", str(folder), *options], input=lines, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    system = {"role": "system", "content": "si ti"}
+    first = [system, {"role": "user", "content": "ba da"}]
+    one = peer(first, 12)
+    two = peer([*first, {"role": "assistant", "content": one}, {"role": "user", "content": "mo ku"}], 12)
+    three = peer([system, {"role": "user", "content": "mo ku"}], 12)
+    assert two != three
+    assert [line.strip() for line in done.stdout.splitlines()] == [one, two, three]
+    assert "no such command" in done.stderr
 
 
 def test_the_oldest_turns_are_left_out_when_the_context_is_full(tmp_path: Path) -> None:
