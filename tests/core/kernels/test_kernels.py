@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mindspeed_core.device import Device
 from mindspeed_core.errors import InputError
-from mindspeed_core.kernels import KernelConfig, attention, cross_entropy, rms_norm, rotary, select, swiglu
+from mindspeed_core.kernels import KernelConfig, attention, cross_entropy, matmul, rms_norm, rotary, select, swiglu
 from mindspeed_core.models.family import pad_rows
 from tests.harness import run_ranks
 
@@ -144,3 +144,27 @@ def test_fused_where_the_device_has_none_is_refused():
     assert select(Device("cuda")).attention is attention.reference
     assert select(Device("npu")).attention is attention.npu
     assert select(Device("npu"), KernelConfig(attention="reference")).attention is attention.reference
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_widened_product_is_the_exact_one_rounded_once(rows: int):
+    torch.manual_seed(0)
+    x = torch.randn(rows, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    out = matmul.widened(x, weight)
+    exact = x.double() @ weight.double().T
+    grads = torch.autograd.grad(out.sum(), (x, weight))
+    oracles = torch.autograd.grad(exact.sum(), (x, weight))
+    for ours, oracle in ((out, exact), *zip(grads, oracles, strict=True)):
+        torch.testing.assert_close(ours.double(), oracle.double(), rtol=2**-7, atol=2**-7)
+
+
+def test_a_widened_head_gives_the_loss_of_fp32():
+    hidden, weight, labels, weights = (x.float() if x.is_floating_point() else x for x in _head())
+    narrow = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    loss = cross_entropy.chunked(*narrow, labels, weights, vocab_size=13, chunk=4, wide=True)
+    wide = narrow[0].detach().float(), narrow[1].detach().float()
+    assert loss.item() == pytest.approx(cross_entropy.reference(*wide, labels, weights, 13).item(), rel=1e-6)
+    loss.backward()
+    assert narrow[0].grad is not None
+    assert narrow[0].grad.dtype == torch.bfloat16

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mindspeed_core.device import Device
 from mindspeed_core.errors import InputError
-from mindspeed_core.kernels import attention, cross_entropy, rms_norm, rotary, swiglu
+from mindspeed_core.kernels import attention, cross_entropy, matmul, rms_norm, rotary, swiglu
 from mindspeed_core.recipe import Section
 
 Choice = Literal["auto", "reference", "fused"]
@@ -28,6 +28,7 @@ class KernelConfig(Section):
     rms_norm: Choice = "auto"
     swiglu: Choice = "auto"
     rotary: Choice = "auto"
+    matmul: Choice = "auto"
     cross_entropy_chunk: int = Field(256, ge=0)  # tokens whose logits exist at once; 0 keeps all of them
 
 
@@ -39,6 +40,7 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    matmul: Callable[[Tensor, Tensor], Tensor] = matmul.native
     cross_entropy_chunk: int = 256
 
 
@@ -47,6 +49,7 @@ SIDES: dict[str, dict[str, Callable[..., Tensor]]] = {
     "rms_norm": {"reference": rms_norm.reference, "npu": rms_norm.npu},
     "swiglu": {"reference": swiglu.reference, "npu": swiglu.npu},
     "rotary": {"reference": rotary.reference, "npu": rotary.npu},
+    "matmul": {"reference": matmul.native, "cpu": matmul.widened if matmul.widens() else matmul.native},
 }
 
 

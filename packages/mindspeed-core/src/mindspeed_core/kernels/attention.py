@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mindspeed_core.kernels import matmul
+
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
     """Attention by torch's own fused paths (flash on CPU and CUDA)."""
@@ -41,6 +43,8 @@ def cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = 
     """
     s, t = q.shape[0], k.shape[0]
     if mask is None and s == t and BLOCKS <= s <= LONGEST:
+        if matmul.widens() and q.dtype != torch.float32 and q.dtype != torch.float64:
+            return _Blocked.apply(q.float(), k.float(), v.float(), scale).to(q.dtype)
         return _Blocked.apply(q, k, v, scale)
     return reference(q, k, v, scale=scale, mask=mask)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from mindspeed_core.kernels import Kernels
 from mindspeed_core.models.family import Architecture
 from mindspeed_core.models.norm import RMSNorm
+from mindspeed_core.parallel.linear import ColumnLinear, RowLinear
 
 
 class Cache:
@@ -83,8 +83,9 @@ class SelfAttention(MegatronModule):
             "init_method": config.init_method,
             "skip_bias_add": False,
             "tp_group": tp,
+            "kernels": kernels,
         }
-        self.linear_qkv = ColumnParallelLinear(
+        self.linear_qkv = ColumnLinear(
             arch.hidden_size,
             (arch.num_heads + 2 * arch.num_query_groups) * arch.head_dim,
             bias=arch.qkv_bias,
@@ -94,7 +95,7 @@ class SelfAttention(MegatronModule):
         if arch.qk_norm:
             self.q_layernorm = RMSNorm(config, arch.head_dim, arch.norm_eps, kernels=kernels)
             self.k_layernorm = RMSNorm(config, arch.head_dim, arch.norm_eps, kernels=kernels)
-        self.linear_proj = RowParallelLinear(
+        self.linear_proj = RowLinear(
             arch.num_heads * arch.head_dim, arch.hidden_size, bias=False, input_is_parallel=True, **linear
         )
 

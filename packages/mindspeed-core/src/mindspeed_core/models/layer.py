@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -16,6 +15,7 @@ from mindspeed_core.kernels import Kernels
 from mindspeed_core.models.attention import SelfAttention
 from mindspeed_core.models.family import Architecture
 from mindspeed_core.models.norm import RMSNorm
+from mindspeed_core.parallel.linear import ColumnLinear, RowLinear
 
 
 class SwiGLU(MegatronModule):
@@ -42,9 +42,9 @@ def block_spec(arch: Architecture, kernels: Kernels, layers: int) -> Transformer
             mlp=ModuleSpec(
                 MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear,
+                    linear_fc1=ModuleSpec(ColumnLinear, params={"kernels": kernels}),
                     activation_func=ModuleSpec(SwiGLU, params={"kernels": kernels}),
-                    linear_fc2=RowParallelLinear,
+                    linear_fc2=ModuleSpec(RowLinear, params={"kernels": kernels}),
                 ),
             ),
             mlp_bda=get_bias_dropout_add,

@@ -8,7 +8,6 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -18,11 +17,12 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mindspeed_core.kernels import Kernels, cross_entropy
+from mindspeed_core.kernels import Kernels, cross_entropy, matmul
 from mindspeed_core.models import rope
 from mindspeed_core.models.attention import AttentionPlan, Cache
 from mindspeed_core.models.family import Architecture
 from mindspeed_core.models.layer import block_spec
+from mindspeed_core.parallel.linear import ColumnLinear
 
 
 class LanguageModel(LanguageModule):
@@ -63,7 +63,7 @@ class LanguageModel(LanguageModule):
             pg_collection=pg_collection,
         )
         if last:
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = ColumnLinear(
                 arch.hidden_size,
                 padded_vocab,
                 config=config,
@@ -72,6 +72,7 @@ class LanguageModel(LanguageModule):
                 gather_output=False,
                 skip_weight_param_allocation=arch.tied and first,  # the embedding of this very stage serves
                 tp_group=pg_collection.tp,
+                kernels=kernels,
             )
         if first or last:
             self.setup_embeddings_and_output_layer()
@@ -124,6 +125,7 @@ class LanguageModel(LanguageModule):
             vocab_size=self.arch.vocab_size,
             group=self.tp_group,
             chunk=self.kernels.cross_entropy_chunk,
+            wide=self.kernels.matmul is matmul.widened,
         )
 
     def hidden_states(
