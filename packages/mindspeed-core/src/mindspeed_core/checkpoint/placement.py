@@ -99,7 +99,7 @@ def _mains(inner: Any) -> Iterator[tuple[Tensor, int, int | None, Tensor]]:
             params.update({id(master): param for param, master in zip(group, masters, strict=True)})
     for group in inner.optimizer.param_groups:
         for main in group["params"]:
-            yield (params[id(main)] if id(main) in params else main), 0, None, main
+            yield params.get(id(main), main), 0, None, main
 
 
 def _piece(shard: Any, vocab_size: int) -> Piece:
