@@ -103,7 +103,7 @@ def _check_versions(findings: Findings) -> None:
 def _pins() -> dict[str, str]:
     """The exact versions that mindspeed-core asks for."""
     required = distribution("mindspeed-core").requires or []
-    return dict(found.groups() for text in required if (found := re.match(r"([\w-]+)==([\d.]+)$", text)))
+    return {found[1]: found[2] for text in required if (found := re.match(r"([\w-]+)==([\d.]+)$", text))}
 
 
 def _pair(torch: str, npu: str) -> bool:

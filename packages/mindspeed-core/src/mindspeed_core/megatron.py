@@ -295,7 +295,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
         """Return the module's code, from our own cache where the same source was rewritten before."""
         source = self.get_data(self.path)
         if self.device_type == "cuda" or not (b"cuda" in source or b"pin_memory" in source):
-            return super().get_code(fullname)
+            code = super().get_code(fullname)
+            assert code is not None  # only a package without source has none
+            return code
         key = hashlib.sha256(source + Path(__file__).read_bytes() + self.device_type.encode()).hexdigest()[:32]
         cached = _cache_folder() / f"{key}.{sys.implementation.cache_tag}.bin"
         with contextlib.suppress(OSError, EOFError, ValueError):  # no cache is only slower

@@ -225,13 +225,13 @@ def _mend_yaml(problem: str) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML with the number syntax of YAML 1.2; no dates, no base-60 numbers, no `yes` and `no`."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}  # pyrefly: ignore
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever `_Loader` would not read back as text."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}  # pyrefly: ignore
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

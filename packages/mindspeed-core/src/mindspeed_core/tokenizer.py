@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,12 @@ class Tokenizer:
         )
         loaded.__dict__["hf"] = hf
         return loaded
+
+    def with_encoder(self, encoder: Callable[[str], Sequence[int]] | None) -> Tokenizer:
+        """Return this tokenizer with a faster way to encode, which must give the same ids."""
+        other = dataclasses.replace(self, encoder=encoder)
+        other.__dict__.update({name: self.__dict__[name] for name in ("hf", "_vocabulary") if name in self.__dict__})
+        return other
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Return the ids of a text; nothing is added but BOS where asked for."""

@@ -125,7 +125,8 @@ class IndexedWriter:
         """Write everything to the disk, still under temporary names."""
         with _named(self._paths[".bin"]):
             _sync(self._ids)
-        self._lengths.close()
+        with _named(self._paths[".lengths"]):
+            self._lengths.close()
         with _named(self._paths[".idx"]), open(self._paths[".idx"], "wb") as file:
             file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], self.sequences, self.sequences + 1))
             for lengths in self._blocks():

@@ -116,9 +116,11 @@ def check_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:
     known = read(prefix)
     if known is not None:
         if known.fingerprint != tokenizer.fingerprint:
+            same = str(tokenizer.folder) == known.tokenizer
             raise InputError(
-                f"{prefix}: was made with the tokenizer {known.tokenizer} ({known.vocab_size:,} ids), not with "
-                f"{tokenizer.folder} ({tokenizer.vocab_size:,} ids); name that tokenizer or make the data again"
+                f"{prefix}: was made with another tokenizer, {known.tokenizer}{' as it was then' if same else ''} "
+                f"({known.vocab_size:,} ids), than {tokenizer.folder} ({tokenizer.vocab_size:,} ids); "
+                f"{'make the data again' if same else 'name that tokenizer or make the data again'}"
             )
         return
     if is_instruction(prefix):

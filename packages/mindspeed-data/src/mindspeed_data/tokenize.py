@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -50,7 +49,7 @@ class Job:
     def start(self) -> Callable[[Chunk], Encoded]:
         """Return the function from a chunk to its ids."""
         encoder = gigatoken_encoder(self.tokenizer) if self.fast else None
-        tokenizer = dataclasses.replace(self.tokenizer, encoder=encoder)
+        tokenizer = self.tokenizer.with_encoder(encoder)
         return lambda chunk: self._encode(chunk, tokenizer)
 
     def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:

@@ -115,7 +115,7 @@ def _evaluate(engine: Engine, parts: list[Part], output: Path, asked: dict[str, 
         "protocol": "lm-eval",
         "versions": {name: version(name) for name in ("mindspeed-eval", "lm-eval", "torch")},
     }
-    outcomes, seconds = [], {}
+    outcomes, seconds, results = [], {}, {}
     for part in parts:
         start = time.monotonic()
         found, known = len(part.rows), len(part.suite.subjects())

@@ -83,7 +83,7 @@ def tasks(part: Part, *, shots: int | None = None) -> Any:
 
 def _data_set(splits: dict[str, list[dict[str, Any]]]) -> Any:
     def build(**_: Any) -> datasets.DatasetDict:
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
+        return datasets.DatasetDict([(split, datasets.Dataset.from_list(rows)) for split, rows in splits.items()])
 
     return build
 

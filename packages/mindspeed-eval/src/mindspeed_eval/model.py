@@ -52,9 +52,7 @@ class EngineLM(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
 
-    def _loglikelihood_tokens(
-        self, requests: list[Scored], disable_tqdm: bool = True, **_: Any
-    ) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         with progress(len(requests), "scoring", unit="continuations") as shown:
             return self.engine.loglikelihood(
                 [(context, continuation) for _, context, continuation in requests],
@@ -83,13 +81,14 @@ class EngineLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         groups: dict[str, list[int]] = {}  # only like settings go through the model together
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(number)
+        arguments: list[Any] = [request.args for request in requests]  # (context, settings)
+        for number, (_context, settings) in enumerate(arguments):
+            groups.setdefault(repr(settings), []).append(number)
         answers: dict[int, str] = {}
         with progress(len(requests), "writing", unit="answers") as shown:
             for numbers in groups.values():
-                settings = requests[numbers[0]].args[1]
-                prompts = {number: self.tok_encode(requests[number].args[0]) for number in numbers}
+                settings = arguments[numbers[0]][1]
+                prompts = {number: self.tok_encode(arguments[number][0]) for number in numbers}
                 numbers.sort(key=lambda number: -len(prompts[number]))  # rows of like length beside each other
                 for start in range(0, len(numbers), self.batch_size):
                     batch = numbers[start : start + self.batch_size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Assistant:
         ends = end_ids(checkpoint.assets, tokenizer)
         return cls(engine, tokenizer, name=model_name(checkpoint.path), ends=ends, template_name=template_name)
 
-    def continuation(self, text: str, sampling: SamplingConfig) -> Iterator[str]:
+    def continuation(self, text: str, sampling: SamplingConfig) -> Generator[str, None, None]:
         """Return the pieces of text that follow `text`; an empty one starts from BOS (or EOS, where there is none)."""
         ids = prompt_ids(self.tokenizer, text)
         return self._pieces(ids, sampling, self.ends)
@@ -61,7 +61,7 @@ class Assistant:
 
     def reply(
         self, messages: Sequence[Message], sampling: SamplingConfig, *, system: str | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Return the pieces of the answer to `messages`, of which the oldest are left out when they do not fit."""
         ids = self._prompt(self.fitting(messages, system, sampling), system)
         return self._pieces(ids, sampling, self.ends | self.template.stop_ids(self.tokenizer))
@@ -72,12 +72,12 @@ class Assistant:
         except ValueError as error:
             raise InputError(str(error)) from error
 
-    def _pieces(self, ids: list[int], sampling: SamplingConfig, stop_ids: frozenset[int]) -> Iterator[str]:
+    def _pieces(self, ids: list[int], sampling: SamplingConfig, stop_ids: frozenset[int]) -> Generator[str, None, None]:
         tokens: Any = self.engine.generate(ids, sampling, stop_ids)
         return _text(tokens, TextStream(self.tokenizer, context=ids))
 
 
-def _text(tokens: Any, stream: TextStream) -> Iterator[str]:
+def _text(tokens: Any, stream: TextStream) -> Generator[str, None, None]:
     try:
         for token in tokens:
             if piece := stream.push(token):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import gradio as gr
@@ -131,7 +131,7 @@ def _answering(assistant: Assistant, seed: int | None) -> Any:
             *({"role": m["role"], "content": _text(m["content"])} for m in history),
             {"role": "user", "content": message},
         ]
-        pieces: Any = None
+        pieces: Generator[str, None, None] | None = None
         text = ""
         try:
             with turn:
@@ -152,7 +152,7 @@ def _answering(assistant: Assistant, seed: int | None) -> Any:
     return answer
 
 
-def _next(pieces: Iterator[str], turn: Any) -> str | None:
+def _next(pieces: Any, turn: Any) -> str | None:
     with turn:
         return next(pieces, None)
 

@@ -250,12 +250,14 @@ def write_hf(
     target: Path,
     *,
     overwrite: bool = False,
+    check: Callable[[Path], None] = lambda folder: None,
     report: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write a Hugging Face folder: the tensors as safetensors, beside the configuration and the tokenizer.
 
     Where it is known how the source cut its files, and the tensors still have those shapes and dtypes, the files come
-    out as they were, byte for byte. `report` hears the size of every tensor once it is written.
+    out as they were, byte for byte. `check` sees the finished folder before it gets its name; `report` hears the size of
+    every tensor once it is written.
     """
     tensors, plan = plan_hf(checkpoint)
     with new_folder(target, overwrite=overwrite) as folder:
@@ -264,6 +266,7 @@ def write_hf(
             write_safetensors(folder / name, header, tensors, report)
         if plan.index is not None:
             (folder / INDEX).write_bytes(plan.index.encode())
+        check(folder)
 
 
 def plan_hf(checkpoint: Checkpoint) -> tuple[Tensors, ShardPlan]:

@@ -115,12 +115,14 @@ def write_megatron(
     *,
     layout: Layout,
     overwrite: bool = False,
+    check: Callable[[Path], None] = lambda folder: None,
     report: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write a Megatron folder, stage by stage.
 
     The files of a stage's tensor-parallel ranks are written side by side, so that each tensor is read once and never more
-    than one of them is in memory. `report` hears the size of every shard once it is written.
+    than one of them is in memory. `check` sees the finished folder before it gets its name; `report` hears the size of
+    every shard once it is written.
     """
     family, arch, tensors = checkpoint.family, checkpoint.architecture, checkpoint.tensors
     problems = layout.problems(arch)
@@ -157,6 +159,7 @@ def write_megatron(
                         report(shard.nbytes)
         (folder / LATEST).write_text(str(iteration))
         carry_source(checkpoint.assets, folder / HF, checkpoint.config)
+        check(folder)
 
 
 def megatron_args(arch: Architecture, layout: Layout, dtype: torch.dtype) -> Namespace:

@@ -93,13 +93,14 @@ def _mains(inner: Any) -> Iterator[tuple[Tensor, int, int | None, Tensor]]:
             held = inner._get_model_param_range_map(param)["param"]
             yield param, held.start, held.end, inner.optimizer.param_groups[group]["params"][place]
         return
-    params: dict[int, Any] = {}  # of each fp32 master
+    params: dict[Any, Any] = {}  # by the id of its fp32 master
     if hasattr(inner, "float16_groups"):
         for group, masters in zip(inner.float16_groups, inner.fp32_from_float16_groups, strict=True):
             params.update({id(master): param for param, master in zip(group, masters, strict=True)})
     for group in inner.optimizer.param_groups:
         for main in group["params"]:
-            yield params.get(id(main), main), 0, None, main
+            held_by: Any = params.get(id(main), main)
+            yield held_by, 0, None, main
 
 
 def _piece(shard: Any, vocab_size: int) -> Piece:

@@ -11,7 +11,7 @@ Tokens are chosen on one rank, the first of the last pipeline stage, so that no 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ class Engine:
         self.scored = scored  # positions whose logits over the whole vocabulary exist at once
         self._owns_mesh = owns_mesh
         # small messages on the host that may have to wait for a person: not the business of a device's collectives
-        self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._stages = [dist.get_global_rank(mesh.pp.group, stage) for stage in range(mesh.pp.size)]
         self._chooser = (mesh.pp.size - 1) * mesh.tp.size  # ranks are numbered tp first
         self._running: Any = None  # the generation that may still be asked for tokens
@@ -236,7 +236,7 @@ class Engine:
     @torch.inference_mode()
     def _decode(
         self, prompts: list[list[int]], sampling: SamplingConfig, judge: _Judge | None = None
-    ) -> Iterator[dict[int, int]]:
+    ) -> Generator[dict[int, int], None, None]:
         """On rank 0, which brings the judge, yield row -> token step by step; elsewhere only take part."""
         rows = list(range(len(prompts)))  # the prompts still in the batch
         longest = max(map(len, prompts))

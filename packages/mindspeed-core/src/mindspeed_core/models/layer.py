@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -37,7 +39,7 @@ def block_spec(arch: Architecture, kernels: Kernels, layers: int) -> Transformer
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(SelfAttention, params={"arch": arch, "kernels": kernels}),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=cast("type", get_bias_dropout_add),
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 MLP,
@@ -47,7 +49,7 @@ def block_spec(arch: Architecture, kernels: Kernels, layers: int) -> Transformer
                     linear_fc2=ModuleSpec(RowLinear, params={"kernels": kernels}),
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=cast("type", get_bias_dropout_add),
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

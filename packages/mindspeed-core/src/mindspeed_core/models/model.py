@@ -50,6 +50,7 @@ class LanguageModel(LanguageModule):
         self.pre_process, self.post_process = first, last  # Megatron's schedules and tied embeddings read these names
         self.share_embeddings_and_output_weights = arch.tied
         inverse, self.rope_factor = rope.frequencies(arch)
+        self.rope_inverse: Tensor
         self.register_buffer("rope_inverse", inverse, persistent=False)
         if first:
             self.embedding = LanguageModelEmbedding(
@@ -79,7 +80,7 @@ class LanguageModel(LanguageModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Put in what the stage before sent; called by Megatron's schedules."""
-        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        tensor: Any = input_tensor[0] if isinstance(input_tensor, list) else input_tensor  # None on the first stage
         self.decoder.set_input_tensor(tensor)
 
     def forward(
@@ -143,7 +144,8 @@ class LanguageModel(LanguageModule):
         cos, sin = rope.angles(positions, self.rope_inverse, self.rope_factor, self.config.params_dtype)
         plan = AttentionPlan(cos, sin, mask, cache)
         hidden = self.embedding(tokens, positions) if self.pre_process else None
-        return self.decoder(hidden, attention_mask=None, packed_seq_params=plan)
+        out: Any = self.decoder(hidden, attention_mask=None, packed_seq_params=plan)
+        return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return this rank's columns of the logits [s, b, padded_vocab / tp] of the last stage's hidden states [s, b, h]."""
@@ -160,6 +162,7 @@ class LanguageModel(LanguageModule):
     def new_cache(self, batch: int, max_length: int) -> Cache:
         """Return an empty cache for this stage's layers."""
         weight = next(self.parameters())
-        groups = self.arch.num_query_groups // self.tp_group.size()
-        layers = [layer.layer_number for layer in self.decoder.layers]
+        groups = self.arch.num_query_groups // self.pg_collection.tp.size()
+        blocks: Any = self.decoder.layers
+        layers = [layer.layer_number for layer in blocks]
         return Cache(layers, (max_length, batch, groups, self.arch.head_dim), weight.dtype, weight.device)

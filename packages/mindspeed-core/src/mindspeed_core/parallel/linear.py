@@ -20,7 +20,7 @@ def _product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     *,
     sequence: bool,
     reduce: bool,

@@ -1,0 +1,95 @@
+"""What a conversion will write: every file, its size, and why it cannot be done where it cannot."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from mindspeed_core.checkpoint import Checkpoint, hf, megatron
+from mindspeed_core.checkpoint.tensors import nbytes
+from mindspeed_core.errors import InputError
+
+
+class Write(Protocol):
+    """Writes a checkpoint into a folder that appears only when `check` has returned."""
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        target: Path,
+        *,
+        overwrite: bool,
+        check: Callable[[Path], None],
+        report: Callable[[int], None],
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that has passed every check and has written nothing yet."""
+
+    checkpoint: Checkpoint
+    target: Path
+    format: str  # of the target, in words
+    files: Mapping[str, int]  # weight file -> bytes of its tensors
+    write: Write
+
+    @property
+    def bytes(self) -> int:
+        """How much is written, the small files aside."""
+        return sum(self.files.values())
+
+
+def plan_hf(checkpoint: Checkpoint, target: Path) -> Plan:
+    """Plan a Hugging Face folder."""
+    _, shards = hf.plan_hf(checkpoint)
+    files = {
+        name: sum(end - start for start, end in (entry["data_offsets"] for entry in header.tensors.values()))
+        for name, header in shards.files.items()
+    }
+    return _roomy(Plan(checkpoint, target, "Hugging Face", files, hf.write_hf))
+
+
+def plan_mcore(checkpoint: Checkpoint, target: Path, *, tp: int, pp: int, vocab_divisor: int) -> Plan:
+    """Plan a Megatron folder; raise where `tp` or `pp` does not divide the model."""
+    layout = megatron.Layout(tp=tp, pp=pp, vocab_divisor=vocab_divisor)
+    problems = layout.problems(checkpoint.architecture)
+    if problems:
+        raise InputError("\n".join(problems))
+    files = {}
+    for stage in range(pp):
+        size = sum(nbytes(dtype, shape) for shape, dtype in megatron.rank_shapes(checkpoint, layout, stage).values())
+        files |= {layout.rank_folder(tp_rank, stage): size for tp_rank in range(tp)}
+    told = f"Megatron, tp={tp} pp={pp}"
+    return _roomy(Plan(checkpoint, target, told, files, partial(megatron.write_megatron, layout=layout)))
+
+
+def _roomy(plan: Plan) -> Plan:
+    """Return the plan; raise where the disk has no room for it."""
+    folder = plan.target.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if plan.bytes > free:
+        raise InputError(
+            f"{plan.target}: needs {size_text(plan.bytes)} where {size_text(free)} are free; free some space or choose "
+            "another folder"
+        )
+    return plan
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes for a person to read."""
+    for unit, factor in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
