@@ -1,5 +1,6 @@
 """Imported once by the fork server of `tests.harness`: what every rank needs and is slow to load."""
 
+import contextlib
 import importlib
 import os
 
@@ -17,3 +18,14 @@ try:  # Megatron must be loaded through our hook, never before it
         importlib.import_module(f"megatron.core.{name}")
 except ImportError as error:  # the tests that need it will say so themselves
     print(f"tests.preload: {error}")
+
+# What the first optimizer, tokenizer and training run of a rank would otherwise each load for themselves. A package that
+# is not installed is not tested either.
+for name in (
+    "torch._dynamo",
+    "transformers.tokenization_utils_fast",
+    "mindspeed_core.models.model",
+    "mindspeed_train.trainer",
+):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)

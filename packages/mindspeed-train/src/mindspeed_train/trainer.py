@@ -139,8 +139,8 @@ class Trainer:
         step = self.progress.step + 1
         if not (math.isfinite(loss.mean) and math.isfinite(grad_norm)):
             raise InputError(
-                f"step {step}: the loss is {loss.mean} and the gradient's norm {grad_norm}; the run has diverged. "
-                f"Lower optim.lr (now {lr:.3g}) or lengthen optim.warmup, and start again: {self.how_to_continue()}"
+                f"step {step}: the loss is {loss.mean:.4g} and the norm of its gradient {grad_norm:.4g}: the run has diverged. "
+                f"Lower optim.lr (now {lr:.3g}) or lengthen optim.warmup. It stopped {self.how_to_continue()}"
             )
         self.progress = Progress(
             step=step,

@@ -28,10 +28,8 @@ def check(arch: Architecture, parallel: ParallelConfig) -> list[str]:
     ):
         if size % tp:
             problems.append(f"parallel.tp={tp} does not divide {name}={size}; use {_divisors(size)}")
-    if arch.num_layers % pp:
-        problems.append(
-            f"parallel.pp={pp} does not divide num_hidden_layers={arch.num_layers}; use {_divisors(arch.num_layers)}"
-        )
+    if pp > arch.num_layers:
+        problems.append(f"parallel.pp={pp} is more stages than num_hidden_layers={arch.num_layers}; use fewer")
     return problems
 
 
@@ -75,6 +73,7 @@ def transformer_config(
         "perform_initialization": False,  # models/weights.py fills every parameter
         "calculate_per_token_loss": True,  # the loss is a mean over the tokens of the global batch
         "variable_seq_lengths": False,
+        "moe_token_dispatcher_type": "alltoall",  # the other one refuses variable lengths, experts or not
         "deallocate_pipeline_outputs": True,
         # fused paths that need apex or Transformer Engine
         "gradient_accumulation_fusion": False,
@@ -84,6 +83,12 @@ def transformer_config(
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
+    if arch.num_layers % parallel.pp:
+        # Megatron divides evenly unless it is told what each stage holds
+        stages = [["decoder"] * len(stage_layers(arch.num_layers, parallel.pp, i)) for i in range(parallel.pp)]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        fields["pipeline_model_parallel_layout"] = stages
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about its own defaults for CUDA graphs
         return TransformerConfig(**{**fields, **more})

@@ -1,0 +1,106 @@
+"""Every way to split a run gives the losses, the gradient norms and the weights of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train import runs
+
+RELATIVE = 1e-5  # fp32 sums in another order; measured over these ten steps: losses 2e-7, norms 1.1e-6
+# Adam divides each gradient by its own size, so the rounding of a tiny gradient moves its weight as far as any other's:
+# measured 1.4e-4 of the largest weight of a tensor, at a learning rate of 1e-2
+WEIGHTS = 5e-4
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "tp2": (2, {"tp": 2}, {}),
+    "tp2 sp": (2, {"tp": 2, "sp": True}, {}),
+    "pp2": (2, {"pp": 2}, {}),
+    "dp2": (2, {"dp": 2}, {}),
+    "dp2 distributed": (2, {"dp": 2}, {"distributed": True}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}, {}),
+    "tp2 pp2 sp": (4, {"tp": 2, "pp": 2, "sp": True}, {}),
+    "tp2 dp2 sp distributed": (4, {"tp": 2, "dp": 2, "sp": True}, {"distributed": True}),
+    "pp2 dp2 distributed": (4, {"pp": 2, "dp": 2}, {"distributed": True}),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    # query and key norms: replicated weights whose gradients come from split heads
+    "qwen3": {"preset": "qwen3-0.6b", "tie_word_embeddings": False},
+}
+
+
+@pytest.fixture(scope="session")
+def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="session")
+def alone(where: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run of one process, made once for each model and task."""
+    done: dict[tuple[str, str], tuple[list[dict[str, Any]], Path]] = {}
+
+    def run(model: str, task: str) -> tuple[list[dict[str, Any]], Path]:
+        if (model, task) not in done:
+            folder = tmp_path_factory.mktemp("alone")
+            recipe = runs.values(where, folder, task, model={**runs.SIZES, **MODELS[model]})
+            done[model, task] = runs.train(recipe, task), folder
+        return done[model, task]
+
+    return run
+
+
+def _rows() -> list[Any]:
+    rows = [(layout, model, "pretrain") for layout in LAYOUTS for model in ("untied", "tied")]
+    rows += [(layout, "qwen3", "pretrain") for layout in ("tp2 sp", "pp2")]
+    # samples of very different lengths: a mean over micro batches or ranks would weigh their tokens differently
+    rows += [(layout, "untied", "sft") for layout in ("pp2", "dp2 distributed", "tp2 pp2 sp")]
+    return [pytest.param(*row, id=" ".join(row).replace(" ", "-")) for row in rows]
+
+
+@pytest.mark.parametrize(("layout", "model", "task"), _rows())
+def test_a_split_run_equals_one_process(
+    layout: str, model: str, task: str, where: Path, alone: Any, tmp_path: Path
+) -> None:
+    world, parallel, optim = LAYOUTS[layout]
+    recipe = runs.values(where, tmp_path, task, model={**runs.SIZES, **MODELS[model]}, parallel=parallel, optim=optim)
+    one, folder = alone(model, task)
+    split = runs.train(recipe, task, world=world)
+    assert [line["step"] for line in split] == list(range(1, 11))
+    assert one[-1]["loss"] < one[0]["loss"] - 0.2  # it learns, so there is something to compare
+    assert [line["tokens"] for line in split] == [line["tokens"] for line in one]
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in split] == pytest.approx([line[name] for line in one], rel=RELATIVE), name
+    expected = runs.stored(folder / "checkpoints" / "step_10")
+    for key, tensor in runs.stored(tmp_path / "checkpoints" / "step_10").items():
+        if not key.startswith("random."):
+            difference = (tensor - expected[key]).abs().max() / expected[key].abs().max()
+            assert difference < WEIGHTS, f"{key}: {difference:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("micro", "total", "layout"), [(8, 8, "one"), (1, 8, "one"), (4, 8, "dp2")], ids=["whole", "single", "dp2"]
+)
+def test_micro_batches_change_nothing(
+    micro: int, total: int, layout: str, where: Path, alone: Any, tmp_path: Path
+) -> None:
+    world, parallel, _ = LAYOUTS.get(layout, (1, {}, {}))
+    recipe = runs.values(where, tmp_path, "sft", batch={"micro": micro, "global": total}, parallel=parallel)
+    one, _folder = alone("untied", "sft")
+    lines = runs.train(recipe, "sft", world=world)
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in one], rel=RELATIVE), name
+
+
+@pytest.mark.parametrize("layout", ["tp2 sp", "pp2", "dp2 distributed"])
+def test_bf16_stays_near_one_process(layout: str, where: Path, tmp_path: Path) -> None:
+    world, parallel, optim = LAYOUTS[layout]
+    one = runs.train(runs.values(where, tmp_path / "one", precision="bf16"))
+    split = runs.train(
+        runs.values(where, tmp_path / "split", precision="bf16", parallel=parallel, optim=optim), world=world
+    )
+    # bf16 keeps 8 bits, and the split sums round elsewhere
+    assert [line["loss"] for line in split] == pytest.approx([line["loss"] for line in one], rel=5e-3)
