@@ -57,13 +57,15 @@ class Layout:
             ("tp", self.tp, arch.num_query_groups, "query groups (num_key_value_heads)"),
             ("tp", self.tp, arch.num_heads, "attention heads (num_attention_heads)"),
             ("tp", self.tp, arch.ffn_hidden_size, "feed-forward columns (intermediate_size)"),
-            ("pp", self.pp, arch.num_layers, "layers (num_hidden_layers)"),
         )
-        return [
+        found = [
             f"{name}={size} does not divide the model's {whole} {what}; choose a divisor of {whole}"
             for name, size, whole, what in cuts
             if whole % size
         ]
+        if self.pp > arch.num_layers:
+            found.append(f"pp={self.pp} is more stages than the model's {arch.num_layers} layers; choose fewer")
+        return found
 
     def padded_vocab(self, arch: Architecture) -> int:
         """Return the number of rows of the embedding over all ranks."""
