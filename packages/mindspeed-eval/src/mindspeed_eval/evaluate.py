@@ -69,7 +69,8 @@ def tasks(part: Part, *, shots: int | None = None) -> Any:
     # only this suite's folder: the index of all 14,000 tasks takes 15 seconds
     manager = TaskManager(include_defaults=False, include_path=str(task_folder(suite)))
     members = [
-        {"task": suite.prefix + subject, "custom_dataset": _data_set(splits)} for subject, splits in part.rows.items()
+        {"task": suite.prefix + subject, "custom_dataset": _data_set(splits, suite.shots_from)}
+        for subject, splits in part.rows.items()
     ]
     loaded = manager.load([{"group": f"local_{suite.name}", "task": members}])
     for name, task in loaded["tasks"].items():
@@ -81,9 +82,12 @@ def tasks(part: Part, *, shots: int | None = None) -> Any:
     return loaded
 
 
-def _data_set(splits: dict[str, list[dict[str, Any]]]) -> Any:
+def _data_set(splits: dict[str, list[dict[str, Any]]], shots_from: str | None) -> Any:
     def build(**_: Any) -> datasets.DatasetDict:
-        return datasets.DatasetDict([(split, datasets.Dataset.from_list(rows)) for split, rows in splits.items()])
+        held = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        if shots_from is not None and shots_from not in held:  # lm-eval looks there even when it takes none
+            held[shots_from] = held["test"].select([])
+        return datasets.DatasetDict(held)
 
     return build
 
