@@ -45,7 +45,14 @@ def tiny_model(folder: Path, *, words: bool = False, **sizes: Any) -> Path:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**config, **sizes}))
     with torch.no_grad():
-        model.lm_head.weight[: len(SPECIAL)] = 0  # it writes on until it is stopped
+        # it writes on until it is stopped: dimension 0 stays positive through all layers and forbids the special tokens
+        model.model.embed_tokens.weight[:, 0] = 1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
+        model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[: len(SPECIAL)] = 0
+        model.lm_head.weight[: len(SPECIAL), 0] = -100
     model.save_pretrained(folder)
     return folder
 
