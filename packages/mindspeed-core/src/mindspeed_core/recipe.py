@@ -378,7 +378,7 @@ def _no_such_key(key: str, known: Sequence[str], elsewhere: Sequence[str] = ()) 
 
 def _all_keys(model_class: type[BaseModel]) -> Iterator[str]:
     """The dotted keys of a recipe, sections within sections too."""
-    for name, info in model_class.model_fields.items():
+    for name, info in zip(_keys(model_class), model_class.model_fields.values(), strict=True):
         yield name
         for leaf in _leaves(info.annotation):
             if isinstance(leaf, type) and issubclass(leaf, BaseModel):
