@@ -28,6 +28,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
+    "three layers": {"num_hidden_layers": 3},  # no two stages share them equally
     # query and key norms: replicated weights whose gradients come from split heads
     "qwen3": {"preset": "qwen3-0.6b", "tie_word_embeddings": False},
 }
@@ -56,6 +57,7 @@ def alone(where: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def _rows() -> list[Any]:
     rows = [(layout, model, "pretrain") for layout in LAYOUTS for model in ("untied", "tied")]
     rows += [(layout, "qwen3", "pretrain") for layout in ("tp2 sp", "pp2")]
+    rows += [(layout, "three layers", "pretrain") for layout in ("pp2", "pp2 dp2 distributed")]
     # samples of very different lengths: a mean over micro batches or ranks would weigh their tokens differently
     rows += [(layout, "untied", "sft") for layout in ("pp2", "dp2 distributed", "tp2 pp2 sp")]
     return [pytest.param(*row, id=" ".join(row).replace(" ", "-")) for row in rows]
