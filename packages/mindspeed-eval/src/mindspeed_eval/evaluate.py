@@ -84,10 +84,10 @@ def tasks(part: Part, *, shots: int | None = None) -> Any:
 
 def _data_set(splits: dict[str, list[dict[str, Any]]], shots_from: str | None) -> Any:
     def build(**_: Any) -> datasets.DatasetDict:
-        held = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        held: dict[Any, Any] = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
         if shots_from is not None and shots_from not in held:  # lm-eval looks there even when it takes none
             held[shots_from] = held["test"].select([])
-        return datasets.DatasetDict(held)
+        return datasets.DatasetDict(list(held.items()))
 
     return build
 
