@@ -53,7 +53,8 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             _clear(partial)
             yield partial
-            sync(partial)
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
             _replace(target, partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

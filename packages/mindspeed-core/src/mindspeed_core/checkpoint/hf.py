@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mindspeed_core.checkpoint.checkpoint import Checkpoint
-from mindspeed_core.checkpoint.folder import copy_assets, new_folder, read_json, sync
+from mindspeed_core.checkpoint.folder import copy_assets, new_folder, read_json
 from mindspeed_core.checkpoint.tensors import Tensors, nbytes
 from mindspeed_core.checkpoint.torch_file import tensor_bytes
 from mindspeed_core.errors import InputError
@@ -317,7 +317,6 @@ def write_safetensors(
             data = tensor_bytes(tensors[name])
             file.write(data)
             report(data.nbytes)
-    sync(path)
 
 
 def _extra_files(assets: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import warnings
 import zipfile
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from mindspeed_core.checkpoint.folder import sync
 from mindspeed_core.errors import InputError
 
 _STORAGES = {  # what torch.save calls the storage of a dtype
@@ -48,7 +48,6 @@ class TorchFile:
         pickler.dump(document)
         self._pending = pickler.tensors
         self._written = 0
-        self._path = path
         self._root = path.stem
         self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
         self._record("data.pkl", pickled.getbuffer())
@@ -62,11 +61,10 @@ class TorchFile:
         self._written += 1
 
     def close(self) -> None:
-        """Finish the file and wait until it is on the disk."""
+        """Finish the file."""
         assert self._written == len(self._pending), f"{self._written} of {len(self._pending)} tensors were written"
         self._record("version", memoryview(b"3\n"))
         self._zip.close()
-        sync(self._path)
 
     def __enter__(self) -> TorchFile:
         return self
@@ -113,7 +111,11 @@ def read_torch_file(path: Path) -> Any:
     except pickle.UnpicklingError:
         names = f"; it names {', '.join(sorted(foreign))}" if foreign else ""
         raise InputError(f"{path}: holds more than plain data and was not loaded{names}") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, UnicodeDecodeError):
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
+        if (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):  # torch seeks to before the start of a short file
+            raise
         raise InputError(f"{path}: is cut, or is not a file of torch.save; copy it again") from None
 
 
