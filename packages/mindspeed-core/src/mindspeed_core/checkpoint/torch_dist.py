@@ -209,6 +209,8 @@ _CLASSES = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath"},  # PyTorch notes where it wrote
+    "pathlib._local": {"PosixPath"},  # its name in Python 3.13
 }
 
 
