@@ -17,20 +17,20 @@ app = command_line("mindspeed-train", "Train language models from a recipe.")
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of the run.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
-    typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the recipe: parallel.tp=2 optim.lr=1e-4."),
+    typer.Argument(metavar="KEY=VALUE", help="Replace keys of the recipe: parallel.tp=2 optim.lr=1e-4."),
 ]
 OTHERS = ("align",)  # sections of other commands
 
 
 @app.command()
 def pretrain(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Learn every token of a text, from random weights or from a checkpoint."""
+    """Learn every token of a text."""
     _train("pretrain", recipe, overrides or [])
 
 
 @app.command()
 def sft(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Fine-tune on instructions: the answers are learned, the questions are given."""
+    """Fine-tune: learn the answers of instructions."""
     _train("sft", recipe, overrides or [])
 
 
