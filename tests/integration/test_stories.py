@@ -54,7 +54,7 @@ def test_conversions_write_the_published_text_on_every_split(stories: Path, publ
     convert.mcore(stories, tmp_path / "pp2", pp=2)
     layouts = [{"tp": 2}, {"pp": 2}]
     opened = [(tmp_path / name, parallel) for name in ("tp2", "pp2") for parallel in layouts]
-    assert run_ranks(texts_of, 2, opened)[0] == [published] * 4
+    assert run_ranks(texts_of, 2, opened, timeout=150)[0] == [published] * 4
 
 
 @pytest.mark.real_data

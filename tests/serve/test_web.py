@@ -1,145 +1,68 @@
-"""The chat page in a real browser that reaches nothing but the page: sending, streaming, history, sampling, stopping."""
+"""What stands behind the chat page, without a browser: the history it hands on, the pieces it shows, its errors."""
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 
-from tests.serve.peer import answering
-from tests.tiny_model import tiny_model
-
-LAUNCH = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+from mindspeed_core.errors import InputError
+from mindspeed_core.generate.sampling import SamplingConfig
+from mindspeed_serve.web import _answering
 
 
-class Page:
-    """The page as its user sees it, and what it tried to fetch from elsewhere."""
+class Parrot:
+    """Answers with what it was asked, word by word."""
 
-    def __init__(self, page: Any, url: str) -> None:
-        self.page, self.url = page, url
-        self.foreign: list[str] = []
-        self.errors: list[str] = []
-        page.route("**/*", self._gate)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        page.goto(url, wait_until="domcontentloaded")
-        self.box = page.locator("#chat textarea")
-        self.box.wait_for(timeout=60_000)
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+        self.open = 0
 
-    def _gate(self, route: Any) -> None:
-        if route.request.url.startswith((self.url, "data:", "blob:")):
-            route.continue_()
-        else:
-            self.foreign.append(route.request.url)
-            route.abort()
+    def reply(self, messages: list[dict[str, str]], sampling: SamplingConfig, *, system: str | None) -> Iterator[str]:
+        self.heard.append((messages, sampling, system))
+        if messages[-1]["content"] == "too long":
+            raise InputError("the prompt has 9 tokens, but the model reads at most 8: shorten it")
+        return self._words(messages[-1]["content"])
 
-    def send(self, text: str) -> None:
-        self.box.fill(text)
-        self.box.press("Enter")
-
-    def stop(self) -> None:
-        self.page.locator(".stop-button").click()
-
-    def set(self, label: str, value: float) -> None:
-        field = self.page.get_by_label(f"number input for {label}")
-        field.fill(str(value))
-        field.press("Enter")
-
-    def answers(self) -> list[str]:
-        return [text.strip() for text in self.page.locator("[data-testid=bot]").all_inner_texts()]
-
-    def wait(self, condition: Any, what: str, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"{what}: {self.answers()}"
-            self.page.wait_for_timeout(100)
-
-    def idle(self) -> bool:
-        return self.page.locator(".submit-button").is_visible()
+    def _words(self, text: str) -> Iterator[str]:
+        self.open += 1
+        try:
+            yield from text.split()
+        finally:
+            self.open -= 1
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "chatty", words=True)
-
-
-@pytest.fixture
-def page(folder: Path, chromium: str) -> Iterator[Page]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    command = [sys.executable, "-m", "mindspeed_serve", "web", str(folder), "--port", "0", "--tp", "2"]
-    server = subprocess.Popen(
-        [*command, "--temperature", "1.5", "--top-k", "0", "--top-p", "1", "--max-new-tokens", "2000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()
-        assert url.startswith("http://127.0.0.1:"), server.communicate()[1]
-        with playwright.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=chromium, headless=True, args=LAUNCH)
-            yield Page(browser.new_context(viewport={"width": 1360, "height": 820}).new_page(), url)
-            browser.close()
-        server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=30)
-        assert server.returncode == 130, err
-        assert out == "", "the address is all that stands on stdout"
-        assert err.splitlines()[-1] == "interrupted"
-    finally:
-        server.kill()
-        server.wait()
-
-
-@pytest.mark.browser
-def test_a_chat_on_the_page(page: Page, folder: Path) -> None:
-    assert page.page.get_by_role("heading", name="chatty").is_visible()
-
-    page.send("ba da")  # up to 2000 words
-    page.wait(lambda: page.answers() and len(page.answers()[-1]) > 20, "the answer begins")
-    early = page.answers()[-1]
-    page.wait(lambda: len(page.answers()[-1]) > len(early), "the answer grows")
-    page.stop()
-    page.wait(page.idle, "the answer stops")
-    stopped = page.answers()[-1]
-    assert stopped.startswith(early)
-    assert len(stopped.split()) < 2000
-    page.page.wait_for_timeout(1000)
-    assert page.answers()[-1] == stopped
-
-    page.set("Temperature", 0)
-    page.set("Max new tokens", 8)
-    page.page.get_by_label("System prompt").fill("si ti")
-    peer = answering(folder)
-    messages = [
-        {"role": "system", "content": "si ti"},
-        {"role": "user", "content": "ba da"},
-        {"role": "assistant", "content": stopped},
-        {"role": "user", "content": "mo ku"},
+def test_the_answer_grows_and_the_history_is_handed_on() -> None:
+    parrot = Parrot()
+    answer = _answering(parrot, 7)  # type: ignore[arg-type]
+    history = [
+        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+        {"role": "assistant", "content": "hi", "metadata": None},
     ]
-    page.send("mo ku")
-    page.wait(lambda: len(page.answers()) == 2 and page.idle(), "the second answer")
-    assert page.answers()[1] == peer(messages, 8), "the stopped answer is part of the history"
+    assert list(answer("one two three", history, "  ", 0.5, 0.9, 40.0, 16.0)) == ["one", "onetwo", "onetwothree"]
+    messages, sampling, system = parrot.heard[0]
+    assert messages == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "one two three"},
+    ]
+    assert sampling == SamplingConfig(temperature=0.5, top_p=0.9, top_k=40, max_new_tokens=16, seed=7)
+    assert system is None
 
-    page.page.get_by_role("button", name="New chat").click()
-    page.wait(lambda: page.answers() == [], "a new chat is empty")
-    page.send("mo ku")
-    page.wait(lambda: len(page.answers()) == 1 and page.idle(), "the first answer of the new chat")
-    assert page.answers() == [peer([messages[0], messages[-1]], 8)]
 
-    assert page.foreign == []
-    assert page.errors == []
+def test_a_stopped_answer_ends_the_generation() -> None:
+    parrot = Parrot()
+    answer = _answering(parrot, None)("one two three", [], "be brief", 0, 1, 0, 16)  # type: ignore[arg-type]
+    assert next(answer) == "one"
+    assert parrot.open == 1
+    answer.close()
+    assert parrot.open == 0
+    assert parrot.heard[0][2] == "be brief"
+
+
+def test_what_cannot_be_answered_is_told_on_the_page() -> None:
+    answer = _answering(Parrot(), None)  # type: ignore[arg-type]
+    with pytest.raises(gr.Error, match="reads at most 8"):
+        list(answer("too long", [], "", 0, 1, 0, 16))

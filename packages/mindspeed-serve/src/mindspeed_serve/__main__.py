@@ -83,7 +83,7 @@ def chat(
 ) -> None:
     """Chat in the terminal, or answer the lines of a pipe."""
     sampling = _sampling(temperature, top_k, top_p, seed, max_new_tokens)
-    _check_template(template)
+    check = _template_check(model, template, config)
 
     def work(engine: Engine) -> None:
         from mindspeed_serve.assistant import Assistant
@@ -91,7 +91,7 @@ def chat(
 
         Chat(Assistant.of(engine, template), sampling, system=system).run()
 
-    _on_ranks(work, model, tp=tp, pp=pp, device=device, dtype=dtype, config=config)
+    _on_ranks(work, model, tp=tp, pp=pp, check=check, device=device, dtype=dtype, config=config)
 
 
 @app.command()
@@ -116,7 +116,7 @@ def web(
 ) -> None:
     """Serve a chat page; its address is printed when it is ready."""
     sampling = _sampling(temperature, top_k, top_p, seed, max_new_tokens)
-    _check_template(template)
+    check = _template_check(model, template, config)
 
     def work(engine: Engine) -> None:
         from mindspeed_serve.assistant import Assistant
@@ -128,8 +128,8 @@ def web(
     from mindspeed_serve.address import check_free
 
     if not launch.launched():
-        check_free(host, port)  # before minutes of loading weights
-    _on_ranks(work, model, tp=tp, pp=pp, device=device, dtype=dtype, config=config)
+        check_free(host, port)
+    _on_ranks(work, model, tp=tp, pp=pp, check=check, device=device, dtype=dtype, config=config)
 
 
 def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None, max_new_tokens: int) -> SamplingConfig:
@@ -138,19 +138,38 @@ def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None, ma
     return SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
 
 
-def _check_template(name: str | None) -> None:
-    from mindspeed_core import templates
+def _template_check(model: Path, name: str | None, config: Path | None) -> Callable[[], None]:
+    """Return what refuses, before minutes of loading weights, a chat template that the model's tokenizer cannot write."""
+    from mindspeed_core.templates import template
 
-    templates.template(name)
+    chosen = template(name)
+
+    def check() -> None:
+        from mindspeed_core.checkpoint import open_checkpoint
+        from mindspeed_core.tokenizer import Tokenizer
+
+        chosen.check(Tokenizer.load(open_checkpoint(model, config=config).assets))
+
+    return check
 
 
-def _on_ranks(work: Callable[[Engine], None], model: Path, *, tp: int, pp: int, **options: Any) -> None:
-    """Open the model on tp x pp ranks and do the work on the first of them."""
-    from mindspeed_core.launch import run_ranks
+def _on_ranks(
+    work: Callable[[Engine], None],
+    model: Path,
+    *,
+    tp: int,
+    pp: int,
+    check: Callable[[], None] | None = None,
+    **options: Any,
+) -> None:
+    """Open the model on tp x pp ranks and do the work on the first of them, if the check there finds no fault."""
+    from mindspeed_core.launch import run_ranks, world
 
     def main() -> None:
         from mindspeed_core.generate.engine import Engine
 
+        if check is not None and world()[0] == 0:
+            check()
         with console.status(f"loading {model}"):
             engine = Engine.open(model, tp=tp, pp=pp, **options)
         if not engine.mesh.is_main:

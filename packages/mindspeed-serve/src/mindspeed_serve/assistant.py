@@ -46,10 +46,6 @@ class Assistant:
         ids = prompt_ids(self.tokenizer, text)
         return self._pieces(ids, sampling, self.ends)
 
-    def check_template(self) -> None:
-        """Refuse a tokenizer that the chat template does not fit."""
-        self.template.check(self.tokenizer)
-
     def fitting(self, messages: Sequence[Message], system: str | None, sampling: SamplingConfig) -> list[Message]:
         """Return the newest messages that leave room for an answer, beginning with a question. The last one always stays."""
         # half the context for the answer at most: a question must stay readable whatever max_new_tokens is

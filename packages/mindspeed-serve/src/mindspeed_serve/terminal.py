@@ -31,7 +31,6 @@ class Chat:
     """A conversation at a terminal, or with the lines of a pipe."""
 
     def __init__(self, assistant: Assistant, sampling: SamplingConfig, *, system: str | None = None) -> None:
-        assistant.check_template()
         self.assistant, self.sampling, self.system = assistant, sampling, system
         self.messages: list[dict[str, str]] = []
         self._interrupts = _Interrupts()

@@ -31,6 +31,7 @@ CSS = """
 #controls .block { padding-block: 0.6rem; }
 #chat button { white-space: nowrap; }
 #chat .placeholder { text-align: center; }
+#chat [data-testid="status-tracker"] { display: none !important; } /* it would cover the stop button */
 """
 
 
@@ -38,7 +39,6 @@ def serve(
     assistant: Assistant, sampling: SamplingConfig, *, system: str = "", host: str = "127.0.0.1", port: int = 7860
 ) -> None:
     """Serve the page until Ctrl-C; its address goes to stdout once it answers."""
-    assistant.check_template()
     check_free(host, port)
     page = build(assistant, sampling, system=system)
     theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=MONO)
@@ -96,6 +96,7 @@ def build(assistant: Assistant, sampling: SamplingConfig, *, system: str = "") -
                         stop_btn=True,
                     ),
                     save_history=True,  # in the browser
+                    show_progress="hidden",
                     cache_examples=False,
                     analytics_enabled=False,
                     api_visibility="private",
