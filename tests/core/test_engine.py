@@ -15,8 +15,8 @@ from tests.core.engines import run
 
 LAYOUTS = [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}]
 FAMILIES = ["llama", "qwen2", "qwen3"]
-GREEDY = SamplingConfig(max_new_tokens=20)
-SAMPLED = SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, seed=5, max_new_tokens=15)
+GREEDY = SamplingConfig(max_new_tokens=12)
+SAMPLED = SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, seed=5, max_new_tokens=8)
 PROMPTS = [[5, 17, 80], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42], [90, 3, 3, 61, 12]]
 LONG = list(range(40)) * 4
 REQUESTS = [
@@ -73,7 +73,7 @@ def test_greedy_tokens_equal_transformers(family: str, models: dict[str, Any], h
         out = models[family].generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=20,
+            max_new_tokens=12,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
@@ -87,7 +87,7 @@ def test_greedy_tokens_equal_transformers(family: str, models: dict[str, Any], h
 
 def sampled(engine: Engine) -> tuple[list[list[int]], list[list[int]], list[int]]:
     alone = [list(engine.generate(prompt, SAMPLED)) for prompt in PROMPTS]
-    other = SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, seed=6, max_new_tokens=15)
+    other = SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, seed=6, max_new_tokens=8)
     return alone, engine.generate_batch(PROMPTS, SAMPLED), list(engine.generate(PROMPTS[0], other))
 
 
@@ -143,7 +143,7 @@ def at_the_end_of_the_context(engine: Engine) -> Any:
 
 
 def test_an_answer_ends_where_the_context_is_full(heard: dict[str, Any]) -> None:
-    assert heard["context"] == ([1, 2, 9], [1, 9, 20])
+    assert heard["context"] == ([1, 2, 9], [1, 9, 12])
 
 
 def scored(engine: Engine) -> Any:
