@@ -1,11 +1,13 @@
 """Our launcher: ranks start from one command line, one failure is told, and nothing survives the launcher."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -186,7 +188,7 @@ def test_ctrl_c_ends_all_ranks_with_130_and_one_line(start, tmp_path):
     assert_gone(tmp_path)
 
 
-def test_ctrl_c_from_a_terminal_reaches_rank_0_once(start, tmp_path):
+def test_sigint_to_the_launcher_alone_is_passed_on_to_rank_0(start, tmp_path):
     """A program that handles Ctrl-C itself (chat does, to stop an answer) goes on, and ends when it wants."""
     process = start("chat")
     wait_for(tmp_path / "ready-0")
@@ -196,6 +198,27 @@ def test_ctrl_c_from_a_terminal_reaches_rank_0_once(start, tmp_path):
     assert process.returncode == 0
     assert out.count("still here") == 1
     assert err == ""
+
+
+def test_ctrl_c_at_a_terminal_reaches_rank_0_once(start, tmp_path):
+    """The terminal signals every process of the group; the launcher must not pass the signal on a second time."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(tmp_path / "program.py"), "chat", str(tmp_path)])
+    try:
+        wait_for(tmp_path / "ready-0")
+        os.write(terminal, b"\x03")
+        shown = b""
+        with suppress(OSError):  # the terminal is gone when the program is
+            while part := os.read(terminal, 1024):
+                shown += part
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        os.close(terminal)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert shown.count(b"still here") == 1
+    assert_gone(tmp_path)
 
 
 def test_two_quick_ctrl_c_end_even_a_program_that_handles_them(start, tmp_path):
