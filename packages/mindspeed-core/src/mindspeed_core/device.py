@@ -82,10 +82,6 @@ class Device:
         if self.module is not None:
             self.module.synchronize()
 
-    def memory_peak(self) -> int:
-        """Return the largest number of bytes that tensors held at once; 0 where the device does not count."""
-        return 0 if self.module is None else self.module.max_memory_allocated()
-
     def count(self) -> int:
         """Return how many such devices this machine has; on the CPU ranks are not bound to devices, so 1."""
         return 1 if self.module is None else self.module.device_count()

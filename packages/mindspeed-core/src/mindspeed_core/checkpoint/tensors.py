@@ -6,27 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mindspeed_core.errors import InputError
-from mindspeed_core.models.family import Architecture, Family, Placed
-
-
-class Tensors(Protocol):
-    """What every checkpoint is, whatever its format: names are known, a tensor is read when it is asked for."""
-
-    def names(self) -> list[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor, on the CPU. It may be a view of a mapped file: never write into it."""
-        ...
+from mindspeed_core.models.family import Architecture, Family, Placed, Tensors
 
 
 @dataclass(frozen=True)

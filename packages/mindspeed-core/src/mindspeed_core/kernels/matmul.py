@@ -6,6 +6,7 @@ stores in bf16: the rounding of one bf16 product, at nearly the speed of fp32.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def widened(x: Tensor, weight: Tensor) -> Tensor:
     return _Widened.apply(x, weight)
 
 
+@cache
 def widens() -> bool:
     """True on a CPU that has no bf16 instructions."""
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,20 @@ class Architecture:
             "nd": self.num_heads * self.head_dim,
             "gd": self.num_query_groups * self.head_dim,
         }[letter]
+
+
+class Tensors(Protocol):
+    """What every checkpoint is, whatever its format: names are known, a tensor is read when it is asked for."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor, on the CPU. It may be a view of a mapped file: never write into it."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -6,29 +6,17 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_core.errors import InputError
-from mindspeed_core.models.family import Architecture, Family, Placed, pad_vocab
+from mindspeed_core.models.family import Architecture, Family, Placed, Tensors, pad_vocab
 from mindspeed_core.parallel.mesh import Mesh
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-
-
-class Tensors(Protocol):
-    """Tensors by Hugging Face name, read when asked for."""
-
-    def names(self) -> list[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def __getitem__(self, name: str) -> Tensor: ...
 
 
 class RandomTensors:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -15,54 +14,31 @@ from torch import Tensor
 from mindspeed_core.kernels import Kernels, matmul
 
 
-def _product(
-    kernels: Kernels,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    group: dist.ProcessGroup | None,
-    *,
-    sequence: bool,
-    reduce: bool,
-) -> Tensor:
-    """x @ weight.T + bias, with the collective before it that Megatron's own function folds in."""
-    if sequence:
-        x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
-    elif reduce:
-        x = copy_to_tensor_model_parallel_region(x, group=group)
-    out = kernels.matmul(x, weight)
-    return out if bias is None else out + bias
+class _DeviceProduct:
+    """Replaces the product inside Megatron's linears where the device has one of its own."""
+
+    def __init__(self, *args: Any, kernels: Kernels, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kernels = kernels
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+        """Return input @ weight.T + bias, with the collective before it that Megatron's own function folds in."""
+        if self.kernels.matmul is matmul.native:
+            megatron: Any = super()
+            return megatron._forward_impl(input, weight, **kwargs)
+        if kwargs["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(
+                input, tensor_parallel_output_grad=True, group=kwargs["tp_group"]
+            )
+        elif kwargs["allreduce_dgrad"]:
+            input = copy_to_tensor_model_parallel_region(input, group=kwargs["tp_group"])
+        out = self.kernels.matmul(input, weight)
+        return out if kwargs["bias"] is None else out + kwargs["bias"]
 
 
-class ColumnLinear(ColumnParallelLinear):
+class ColumnLinear(_DeviceProduct, ColumnParallelLinear):
     """Output features are cut over the tensor-parallel ranks."""
 
-    def __init__(self, *args: Any, kernels: Kernels, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.kernels = kernels
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.kernels.matmul is matmul.native:
-            return super()._forward_impl(input, weight, *args, **kwargs)
-        return _product(
-            self.kernels,
-            input,
-            weight,
-            kwargs["bias"],
-            self.tp_group,
-            sequence=kwargs["sequence_parallel"],
-            reduce=kwargs["allreduce_dgrad"],
-        )
-
-
-class RowLinear(RowParallelLinear):
+class RowLinear(_DeviceProduct, RowParallelLinear):
     """Input features are cut over the tensor-parallel ranks; Megatron sums the partial products afterwards."""
-
-    def __init__(self, *args: Any, kernels: Kernels, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.kernels = kernels
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.kernels.matmul is matmul.native:
-            return super()._forward_impl(input, weight, *args, **kwargs)
-        return _product(self.kernels, input, weight, kwargs["bias"], self.tp_group, sequence=False, reduce=False)
