@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from mindspeed_core.errors import InputError
-from mindspeed_core.models import build
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data import sidecar
-from mindspeed_train.config import Recipe, batch_problems
+from mindspeed_train import rules
+from mindspeed_train.config import Recipe
 from mindspeed_train.model import Model, find_model
 from mindspeed_train.tasks import Task
 
@@ -24,13 +25,16 @@ def check(recipe: Recipe, task: Task, *, world_size: int) -> None:
             problems.extend(str(error).splitlines())
 
     hold(lambda: recipe.parallel.check(world_size))
-    if not problems and recipe.parallel.dp is None:
-        problems += batch_problems(recipe.batch, world_size // recipe.parallel.model_ranks)
+    dp = None if problems else world_size // recipe.parallel.model_ranks
     found: list[Model] = []
     hold(lambda: found.append(find_model(recipe)))
+    case = rules.Case(recipe=recipe, dp=dp)
     prefixes = [prefix for name in ("train", "valid") for prefix in task.prefixes(getattr(recipe.data, name))]
     if found:
-        problems += _model_problems(recipe, task, found[0])
+        model = found[0]
+        case = replace(case, arch=model.arch, length=model.seq_length(recipe), varies=task.varies)
+    problems += rules.problems(case)
+    if found:
         hold(lambda: _check_data(recipe, task, found[0], prefixes))
     else:
         for prefix in prefixes:
@@ -42,23 +46,6 @@ def check(recipe: Recipe, task: Task, *, world_size: int) -> None:
         problems.append(f"checkpoint.folder={folder}: {file} is a file; name a folder")
     if problems:
         raise InputError("\n".join(dict.fromkeys(problems)))
-
-
-def _model_problems(recipe: Recipe, task: Task, model: Model) -> list[str]:
-    problems = build.check(model.arch, recipe.parallel)
-    length = model.seq_length(recipe)
-    if length > model.arch.max_positions:
-        problems.append(
-            f"data.seq_length={length} is more than the max_position_embeddings={model.arch.max_positions} of the model; "
-            f"use at most {model.arch.max_positions}"
-        )
-    tp = recipe.parallel.tp
-    if recipe.parallel.sp and not task.varies and length % tp:
-        problems.append(
-            f"parallel.sp cuts every sequence over tp={tp} ranks, which does not divide data.seq_length={length}; "
-            f"use {length // tp * tp or tp}"
-        )
-    return problems
 
 
 def _check_data(recipe: Recipe, task: Task, model: Model, prefixes: list[str]) -> None:

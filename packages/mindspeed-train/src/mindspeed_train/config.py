@@ -1,4 +1,4 @@
-"""The recipe of a training run: its sections, and every rule that holds between them."""
+"""The recipe of a training run: its sections. What they have to do with each other stands in rules.py."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mindspeed_core.models.families import preset
 from mindspeed_core.optim.build import OptimConfig
 from mindspeed_core.parallel.mesh import ParallelConfig
 from mindspeed_core.recipe import Section
+from mindspeed_train import rules
 
 NOT_YET = "this version cannot do that yet; leave it out"
 
@@ -137,7 +138,7 @@ class TrainConfig(Section):
     steps: int = Field(ge=1)  # optimizer steps of the whole run
     seed: int = Field(1234, ge=0)  # of random weights and of the order of samples
     deterministic: bool = False  # the same bits on every run, on accelerators too
-    eval_every: int = Field(0, ge=0)  # steps between evaluations; 0: none
+    eval_every: int = Field(0, ge=0)  # steps between evaluations, the first before training; 0: none
     eval_steps: int = Field(0, ge=0)  # global batches of one evaluation; 0: the whole validation data once
 
 
@@ -166,7 +167,7 @@ class LogConfig(Section):
 
 
 class Recipe(Section):
-    """A whole run. Sections stand in the files that obey them; here is what they have to do with each other."""
+    """A whole run. Sections stand in the files that obey them."""
 
     model: ModelConfig
     data: DataConfig
@@ -201,29 +202,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        problems = []
-        if self.parallel.sp and self.parallel.tp == 1:
-            problems.append("parallel.sp: cuts what tp leaves whole and needs tp of at least 2; set parallel.tp too")
-        if self.parallel.dp is not None:
-            problems += batch_problems(self.batch, self.parallel.dp)
-        if self.train.eval_every and self.data.valid is None and self.data.split is None:
-            problems.append("train.eval_every: needs data to evaluate on; give data.valid, or data.split: 95,5")
-        if self.data.valid is not None and self.data.split is not None:
-            problems.append(
-                "data.split: takes the validation data from data.train, but data.valid is given; leave one out"
-            )
+        problems = rules.problems(rules.Case(recipe=self, dp=self.parallel.dp))
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def batch_problems(batch: BatchConfig, dp: int) -> list[str]:
-    """Return what keeps the global batch from being dealt to `dp` ranks."""
-    share = batch.micro * dp
-    if batch.total % share == 0:
-        return []
-    near = sorted({max(1, batch.total // share) * share, (batch.total // share + 1) * share})
-    return [
-        f"batch.global: {batch.total} is not a multiple of batch.micro={batch.micro} times dp={dp}; "
-        f"use {' or '.join(map(str, near))}"
-    ]

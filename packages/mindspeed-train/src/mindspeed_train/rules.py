@@ -1,0 +1,151 @@
+"""The rules between the keys of a recipe, its model and its data: one table, read by the checks and by the documentation.
+
+A section knows the rules among its own keys; what several sections, the architecture or the length of samples decide
+stands here. Rules are held before any rank starts. `docs/parallelism.md` shows which features they let combine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mindspeed_core.models import build
+from mindspeed_core.models.family import Architecture
+
+if TYPE_CHECKING:
+    from mindspeed_train.config import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a rule looks at."""
+
+    recipe: Recipe
+    dp: int | None  # copies of the model; None where only the number of ranks will tell
+    arch: Architecture | None = None  # None where the model is not known (yet)
+    length: int = 0  # tokens of a sample, known with the model
+    varies: bool = False  # True: every micro batch has a length of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One row of the table."""
+
+    keys: tuple[str, ...]  # what it is about
+    says: str  # one sentence for the documentation
+    fault: Callable[[Case], str | None]  # what is broken and what would work, a line for each fault; None: it holds
+    model: bool = False  # True: it looks at the architecture or the length
+
+
+def problems(case: Case) -> list[str]:
+    """Return a line for every rule that the case breaks; rules about a model wait until it is known."""
+    return [line for _rule, line in broken(case)]
+
+
+def broken(case: Case) -> list[tuple[Rule, str]]:
+    """Return every rule that the case breaks, with the line that says so."""
+    held = [rule for rule in RULES if case.arch is not None or not rule.model]
+    return [(rule, line) for rule in held for line in (rule.fault(case) or "").splitlines()]
+
+
+def _architecture(case: Case) -> Architecture:
+    assert case.arch is not None, "a rule with model=True waits for the model"
+    return case.arch
+
+
+def _sequence_needs_tensor(case: Case) -> str | None:
+    if case.recipe.parallel.sp and case.recipe.parallel.tp == 1:
+        return "parallel.sp: cuts what tp leaves whole and needs tp of at least 2; set parallel.tp too"
+    return None
+
+
+def _batch_is_dealt(case: Case) -> str | None:
+    batch, dp = case.recipe.batch, case.dp
+    if dp is None or batch.total % (batch.micro * dp) == 0:
+        return None
+    share = batch.micro * dp
+    near = sorted({max(1, batch.total // share) * share, (batch.total // share + 1) * share})
+    return (
+        f"batch.global: {batch.total} is not a multiple of batch.micro={batch.micro} times dp={dp}; "
+        f"use {' or '.join(map(str, near))}"
+    )
+
+
+def _evaluation_has_data(case: Case) -> str | None:
+    data = case.recipe.data
+    if case.recipe.train.eval_every and data.valid is None and data.split is None:
+        return "train.eval_every: needs data to evaluate on; give data.valid, or data.split: 95,5"
+    return None
+
+
+def _one_validation_set(case: Case) -> str | None:
+    if case.recipe.data.valid is not None and case.recipe.data.split is not None:
+        return "data.split: takes the validation data from data.train, but data.valid is given; leave one out"
+    return None
+
+
+def _ranks_divide_the_model(case: Case) -> str | None:
+    return "\n".join(build.check(_architecture(case), case.recipe.parallel)) or None
+
+
+def _positions_are_enough(case: Case) -> str | None:
+    most = _architecture(case).max_positions
+    if case.length <= most:
+        return None
+    return (
+        f"data.seq_length={case.length} is more than the max_position_embeddings={most} of the model; "
+        f"use at most {most}"
+    )
+
+
+def _sequence_is_cut_evenly(case: Case) -> str | None:
+    tp = case.recipe.parallel.tp
+    if not case.recipe.parallel.sp or case.varies or case.length % tp == 0:
+        return None
+    return (
+        f"parallel.sp cuts every sequence over tp={tp} ranks, which does not divide data.seq_length={case.length}; "
+        f"use {case.length // tp * tp or tp}"
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        keys=("parallel.sp", "parallel.tp"),
+        says="Sequence parallelism cuts what tensor parallelism leaves whole: it needs `tp` of at least 2.",
+        fault=_sequence_needs_tensor,
+    ),
+    Rule(
+        keys=("batch.global", "batch.micro", "parallel.dp"),
+        says="`batch.global` is a multiple of `batch.micro` times `dp`.",
+        fault=_batch_is_dealt,
+    ),
+    Rule(
+        keys=("train.eval_every", "data.valid", "data.split"),
+        says="Evaluation needs `data.valid` or `data.split`.",
+        fault=_evaluation_has_data,
+    ),
+    Rule(
+        keys=("data.split", "data.valid"),
+        says="`data.split` and `data.valid` exclude each other.",
+        fault=_one_validation_set,
+    ),
+    Rule(
+        keys=("parallel.tp", "parallel.pp"),
+        says="`tp` divides heads, key/value heads and feed-forward columns; there are no more stages than layers.",
+        fault=_ranks_divide_the_model,
+        model=True,
+    ),
+    Rule(
+        keys=("data.seq_length",),
+        says="Samples are no longer than the model's positions.",
+        fault=_positions_are_enough,
+        model=True,
+    ),
+    Rule(
+        keys=("parallel.sp", "data.seq_length"),
+        says="Under sequence parallelism `tp` divides the length of samples.",
+        fault=_sequence_is_cut_evenly,
+        model=True,
+    ),
+)
