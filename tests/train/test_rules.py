@@ -1,0 +1,47 @@
+"""The table of rules: what it says to the person who writes a recipe, and the page that is made from it."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mindspeed_train import rules
+from mindspeed_train.config import Recipe
+from tests.harness import ROOT
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("parallelism_table", ROOT / "scripts/parallelism_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_says_what_the_rules_say(script: ModuleType) -> None:
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page == script.write(page), "docs/parallelism.md is stale: run scripts/parallelism_table.py"
+
+
+def test_a_cell_is_what_a_recipe_is_told(script: ModuleType) -> None:
+    assert script.refused({"parallel": {"tp": 2, "sp": True}}) == []
+    assert script.joined({"parallel": {"cp": 2}}, {"parallel": {"cp": 4}}) is None
+    assert script.joined({"precision": "bf16"}, {"parallel": {"tp": 2}}) == {"precision": "bf16", "parallel": {"tp": 2}}
+    uneven = {"parallel": {"tp": 2, "sp": True}, "data": {"seq_length": 255}}
+    assert script.refused(uneven) == ["Under sequence parallelism `tp` divides the length of samples."]
+    assert "sp: cuts what tp leaves whole" in script.refused({"parallel": {"sp": True}})[0]
+
+
+def test_every_rule_names_keys_that_a_recipe_has() -> None:
+    for rule in rules.RULES:
+        assert rule.says.endswith("."), rule
+        for key in rule.keys:
+            section, _, name = key.partition(".")
+            annotation: Any = Recipe.model_fields[section].annotation
+            names = [field.alias or name for name, field in annotation.model_fields.items()] if name else [""]
+            assert name in names, key
