@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from mindspeed_core.device import Device
 from mindspeed_core.errors import InputError
 from mindspeed_core.kernels import attention, cross_entropy, matmul, rms_norm, rotary, swiglu
+from mindspeed_core.kernels.matmul_collective import Collectives
 from mindspeed_core.recipe import Section
 
 Choice = Literal["auto", "reference", "fused"]
@@ -42,6 +43,7 @@ class Kernels:
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     matmul: Callable[[Tensor, Tensor], Tensor] = matmul.native
     cross_entropy_chunk: int = 256
+    collectives: Collectives | None = None  # products beside a collective; None: one after the other
 
 
 SIDES: dict[str, dict[str, Callable[..., Tensor]]] = {
@@ -56,7 +58,7 @@ SIDES: dict[str, dict[str, Callable[..., Tensor]]] = {
 def select(device: Device, config: KernelConfig | None = None) -> Kernels:
     """Return the kernels for `device`."""
     config = config or KernelConfig()
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for name, sides in SIDES.items():
         choice: Choice = getattr(config, name)
         if choice == "fused" and device.type not in sides:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_core.errors import InputError
-from mindspeed_core.kernels import Kernels, select
+from mindspeed_core.kernels import Kernels, matmul_collective, select
 from mindspeed_core.models.family import Architecture, pad_vocab
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 from mindspeed_core.parallel.pipeline import stage_layers
@@ -28,6 +29,11 @@ def check(arch: Architecture, parallel: ParallelConfig) -> list[str]:
     ):
         if size % tp:
             problems.append(f"parallel.tp={tp} does not divide {name}={size}; use {_divisors(size)}")
+    if tp == 1 and parallel.collective_matmul != "none":
+        problems.append(
+            f"parallel.collective_matmul={parallel.collective_matmul}: overlaps the collectives of tp and needs tp of at "
+            "least 2; leave it out"
+        )
     if pp > arch.num_layers:
         problems.append(f"parallel.pp={pp} is more stages than num_hidden_layers={arch.num_layers}; use fewer")
     return problems
@@ -109,10 +115,15 @@ def build_model(
     from mindspeed_core.models.model import LanguageModel
 
     config = transformer_config(arch, mesh.config, precision=precision, on_host=mesh.device.type == "cpu", **more)
+    kernels = kernels or select(mesh.device)
+    side = matmul_collective.select(
+        mesh.config.collective_matmul, mesh.device.type, chunks=mesh.config.coc_chunks, product=kernels.matmul
+    )
+    kernels = dataclasses.replace(kernels, collectives=side)
     model = LanguageModel(
         config,
         arch,
-        kernels or select(mesh.device),
+        kernels,
         layers=len(stage_layers(arch.num_layers, mesh.pp.size, mesh.pp.rank)),
         padded_vocab=pad_vocab(arch.vocab_size, mesh.tp.size),
         first=mesh.is_first_stage,

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from mindspeed_core.kernels import Kernels, matmul
+from mindspeed_core.kernels import Kernels, matmul, matmul_collective
 
 
 class _DeviceProduct:
@@ -39,6 +39,21 @@ class _DeviceProduct:
 class ColumnLinear(_DeviceProduct, ColumnParallelLinear):
     """Output features are cut over the tensor-parallel ranks."""
 
+    def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+        side = self.kernels.collectives
+        if side is None or not kwargs["sequence_parallel"]:
+            return super()._forward_impl(input, weight, **kwargs)
+        out = matmul_collective.gather_matmul(input, weight, kwargs["tp_group"], side)
+        return out if kwargs["bias"] is None else out + kwargs["bias"]
+
 
 class RowLinear(_DeviceProduct, RowParallelLinear):
-    """Input features are cut over the tensor-parallel ranks; Megatron sums the partial products afterwards."""
+    """Input features are cut over the tensor-parallel ranks; the partial products are summed afterwards."""
+
+    def forward(self, input_: Any) -> Any:
+        """Return the output and no bias, as Megatron's modules expect."""
+        side, group = self.kernels.collectives, self.tp_group
+        if side is None or group is None or group.size() == 1 or not self.input_is_parallel or self.bias is not None:
+            return super().forward(input_)
+        operation = matmul_collective.matmul_scatter if self.sequence_parallel else matmul_collective.matmul_reduce
+        return operation(input_, self.weight, group, side), None

@@ -22,6 +22,8 @@ class ParallelConfig(Section):
     pp: int = Field(1, ge=1)  # pipeline: the layers are cut into pp stages
     dp: int | None = Field(None, ge=1)  # data: copies of the model; null takes what the ranks leave
     sp: bool = False  # sequence: norms and residuals are cut over the tp ranks too
+    collective_matmul: Literal["none", "coc", "mc2"] = "none"  # products and collectives of tp: apart, in pieces, fused
+    coc_chunks: Literal[1, 2, 4, 8] = 4  # the pieces of coc
     # Names the recipe format reserves; this version takes each only as it stands.
     vpp: int = 1
     cp: int = 1

@@ -1,0 +1,216 @@
+"""Products beside a collective of tensor parallelism, so that one hides behind the other.
+
+    gather_matmul     all-gather(x) @ weight.T        x [m, k] of each rank  -> [tp * m, n]     column linear, sequence cut
+    matmul_scatter    reduce-scatter(x @ weight.T)    x [tp * m, k]          -> [m, n]          row linear, sequence cut
+    matmul_reduce     all-reduce(x @ weight.T)        x [m, k]               -> [m, n]          row linear
+
+The first two are each other's transpose: the gradient of one is the other with the transposed weight. Three sides do the
+same sums:
+
+    plain     the collective, then the product: the reference
+    chunked   rows in pieces, the collective of one piece while the product of another runs ("CoC", communication over
+              computation)
+    fused     one operator of the NPU does both ("MC2")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_core.kernels import matmul
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """One side: the three operations on matrices, without their gradients."""
+
+    gather: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]  # the product, and x of all ranks [tp * m, k]
+    scatter: Callable[[Tensor, Tensor, Any], Tensor]
+    reduce: Callable[[Tensor, Tensor, Any], Tensor]
+
+
+def select(kind: str, device_type: str, *, chunks: int, product: Product) -> Collectives | None:
+    """Return the side that `parallel.collective_matmul` names, None for Megatron's own linears."""
+    if kind == "none":
+        return None
+    if kind == "coc":
+        return chunked(chunks, product)
+    return fused() if device_type == "npu" else plain(product)  # only an NPU has the operators; the sums are the same
+
+
+def plain(product: Product = matmul.native) -> Collectives:
+    """Return the reference."""
+    return chunked(1, product)
+
+
+def chunked(chunks: int, product: Product = matmul.native) -> Collectives:
+    """Return the side that cuts the rows of a rank into `chunks`; rows that they do not divide go in one piece."""
+    return Collectives(
+        gather=partial(_gather, chunks=chunks, product=product),
+        scatter=partial(_scatter, chunks=chunks, product=product),
+        reduce=partial(_reduce, chunks=chunks, product=product),
+    )
+
+
+def fused() -> Collectives:
+    """Return the NPU's own operators."""
+    return Collectives(gather=_npu_gather, scatter=_npu_scatter, reduce=_npu_reduce)
+
+
+def gather_matmul(x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
+    """Return all-gather(x) @ weight.T: x [s / tp, b, k], weight [n, k] -> [s, b, n]."""
+    return _GatherMatmul.apply(x, weight, group, side)
+
+
+def matmul_scatter(x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
+    """Return reduce-scatter(x @ weight.T): x [s, b, k], weight [n, k] -> [s / tp, b, n]."""
+    return _MatmulScatter.apply(x, weight, group, side)
+
+
+def matmul_reduce(x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
+    """Return all-reduce(x @ weight.T): x [s, b, k], weight [n, k] -> [s, b, n]."""
+    return _MatmulReduce.apply(x, weight, group, side)
+
+
+class _GatherMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
+        ctx.group, ctx.side = group, side
+        ctx.save_for_backward(x, weight)  # this rank's rows: all of them are gathered again for the gradient
+        out, _ = side.gather(x.flatten(0, -2), weight, group)
+        return out.view(-1, *x.shape[1:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        rows = x.flatten(0, -2).contiguous()
+        everything = rows.new_empty(ctx.group.size() * rows.shape[0], rows.shape[1])
+        arriving = dist.all_gather_into_tensor(everything, rows, group=ctx.group, async_op=True)
+        grad = grad.flatten(0, -2).contiguous()
+        grad_x = ctx.side.scatter(grad, weight.T, ctx.group).view_as(x)
+        arriving.wait()
+        return grad_x, _outer(grad, everything, weight), None, None
+
+
+class _MatmulScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
+        ctx.group, ctx.side = group, side
+        ctx.save_for_backward(x, weight)
+        out = side.scatter(x.flatten(0, -2), weight, group)
+        return out.view(-1, *x.shape[1:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad_x, everything = ctx.side.gather(grad.flatten(0, -2).contiguous(), weight.T, ctx.group)
+        return grad_x.view_as(x), _outer(everything, x.flatten(0, -2), weight), None, None
+
+
+class _MatmulReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return side.reduce(x.flatten(0, -2), weight, group).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors  # the sum is already known everywhere, and so is its gradient
+        rows = grad.flatten(0, -2)
+        return (_wide(rows) @ _wide(weight)).to(x.dtype).view_as(x), _outer(rows, x.flatten(0, -2), weight), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 and matmul.widens() else x
+
+
+def _outer(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return (_wide(grad).T @ _wide(x)).to(weight.dtype)
+
+
+def _pieces(rows: int, chunks: int) -> int:
+    return chunks if rows and rows % chunks == 0 else 1
+
+
+def _gather(
+    x: Tensor, weight: Tensor, group: dist.ProcessGroup, *, chunks: int, product: Product
+) -> tuple[Tensor, Tensor]:
+    """The rows of rank r stand at [r] of the result, piece c of them at [r, c]:
+
+    arrives       product     lands at
+    piece 0       -           -
+    piece 1       piece 0     [:, 0]      the next piece travels while the product of this one is made
+    -             piece 1     [:, 1]
+    """
+    size = group.size()
+    (rows, k), pieces = x.shape, _pieces(len(x), chunks)
+    parts = x.contiguous().view(pieces, -1, k)
+    arrived = [x.new_empty(size, rows // pieces, k) for _ in range(pieces)]
+
+    def send(c: int) -> Any:
+        return dist.all_gather_into_tensor(arrived[c].view(-1, k), parts[c], group=group, async_op=True)
+
+    travelling = send(0)
+    made: list[Tensor] = []
+    for c in range(pieces):
+        travelling.wait()
+        if c + 1 < pieces:
+            travelling = send(c + 1)
+        made.append(product(arrived[c], weight))
+    if pieces == 1:
+        return made[0].flatten(0, 1), arrived[0].flatten(0, 1)
+    return torch.stack(made, 1).flatten(0, 2), torch.stack(arrived, 1).flatten(0, 2)
+
+
+def _scatter(x: Tensor, weight: Tensor, group: dist.ProcessGroup, *, chunks: int, product: Product) -> Tensor:
+    size = group.size()
+    rows = x.shape[0] // size
+    pieces = _pieces(rows, chunks)
+    parts = x.view(size, pieces, rows // pieces, x.shape[1])
+    out, travelling = [], []
+    for c in range(pieces):
+        made = product(parts[:, c], weight).flatten(0, 1).contiguous()
+        mine = made.new_empty(rows // pieces, made.shape[1])
+        travelling.append((made, dist.reduce_scatter_tensor(mine, made, group=group, async_op=True)))
+        out.append(mine)
+    for _sent, work in travelling:
+        work.wait()
+    return out[0] if pieces == 1 else torch.cat(out)
+
+
+def _reduce(x: Tensor, weight: Tensor, group: dist.ProcessGroup, *, chunks: int, product: Product) -> Tensor:
+    pieces = _pieces(len(x), chunks)
+    out, travelling = [], []
+    for part in x.chunk(pieces):
+        out.append(product(part, weight).contiguous())
+        travelling.append(dist.all_reduce(out[-1], group=group, async_op=True))
+    for work in travelling:
+        work.wait()
+    return out[0] if pieces == 1 else torch.cat(out)
+
+
+def _hcom(group: Any, x: Tensor) -> str:
+    return group._get_backend(x.device).get_hccl_comm_name(dist.get_rank())
+
+
+def _npu_gather(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    return torch.ops.npu.npu_all_gather_base_mm(
+        x, weight.T, _hcom(group, x), group.size(), gather_index=0, gather_output=True
+    )
+
+
+def _npu_scatter(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return torch.ops.npu.npu_mm_reduce_scatter_base(x, weight.T, _hcom(group, x), group.size(), reduce_op="sum")
+
+
+def _npu_reduce(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return torch.ops.npu.npu_mm_all_reduce_base(x, weight.T, _hcom(group, x), reduce_op="sum")
