@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,23 @@ def test_the_validation_loss_does_not_depend_on_the_layout(task: str, where: Pat
     ):
         recipe = runs.values(where, tmp_path / str(len(found)), task, **{**still, **sections})
         lines = [line for line in runs.train(recipe, task, world=world) if "valid_loss" in line]
-        assert [set(line) for line in lines] == [{"step", "valid_loss"}]
+        assert [set(line) for line in lines] == [{"step", "valid_loss"}] * 2
+        assert lines[0]["valid_loss"] == lines[1]["valid_loss"]
         found.append(lines[0]["valid_loss"])
     assert found == pytest.approx([found[0]] * len(found), rel=1e-6)
 
 
 def test_evaluation_leaves_the_run_as_it_is(where: Path, tmp_path: Path) -> None:
     plain = runs.train(runs.values(where, tmp_path / "plain"))
-    watched = runs.train(runs.values(where, tmp_path / "watched", train={"eval_every": 3, "eval_steps": 1}))
-    assert [line["step"] for line in watched if "valid_loss" in line] == [3, 6, 9, 10]
+    recipe = runs.values(where, tmp_path / "watched", train={"eval_every": 3, "eval_steps": 1})
+    (tmp_path / "watched").mkdir()
+    of_a_run_that_saved_nothing = '{"step": 0, "valid_loss": 99.0}\n'
+    (tmp_path / "watched" / "metrics.jsonl").write_text(of_a_run_that_saved_nothing)
+    watched = runs.train(recipe)
+    evaluated = {line["step"]: line["valid_loss"] for line in watched if "valid_loss" in line}
+    assert [line["step"] for line in watched if "valid_loss" in line] == [0, 3, 6, 9, 10]
+    assert evaluated[0] == pytest.approx(math.log(runs.VOCABULARY), rel=0.02), "random weights know nothing"
+    assert evaluated[10] < evaluated[0]
     assert [line["loss"] for line in watched if "loss" in line] == [line["loss"] for line in plain]
 
 

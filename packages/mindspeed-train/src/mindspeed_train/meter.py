@@ -18,6 +18,7 @@ METRICS = "metrics.jsonl"
 class Meter:
     """The numbers of a run, from step `start` on. A line of metrics.jsonl is one JSON object:
 
+    {"step": 0, "valid_loss": 5.9}
     {"step": 7, "loss": 2.31, "grad_norm": 0.8, "lr": 0.001, "tokens_per_s": 5120.3, "samples": 56, "tokens": 28672}
     {"step": 10, "valid_loss": 2.4}
     """
@@ -25,7 +26,7 @@ class Meter:
     def __init__(self, folder: Path, config: LogConfig, *, start: int, steps: int) -> None:
         self.config = config
         self.start, self.steps = start, steps
-        keep_until(folder / METRICS, start)
+        keep_until(folder / METRICS, start or -1)  # a run from the beginning evaluates at step 0 anew
         self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         self._board: Any = None
         if config.tensorboard:

@@ -75,13 +75,13 @@ class Trainer:
         with self._meter() as meter:
             if self.progress.step and meter:
                 meter.say(f"continuing after step {self.progress.step} of {steps} in {self.folder}")
+            if recipe.train.eval_every and not self.progress.step:
+                self._evaluate(meter)  # what the run starts from
             data = self._batches()
             while self.progress.step < steps:
                 loss = self._step(data, meter)
                 if _due(self.progress.step, recipe.train.eval_every, steps):
-                    valid_loss = self.evaluate()
-                    if meter:
-                        meter.evaluation(self.progress.step, valid_loss)
+                    self._evaluate(meter)
                 if _due(self.progress.step, recipe.checkpoint.every, steps) or self.progress.step == steps:
                     self.save()
             if meter:
@@ -161,6 +161,11 @@ class Trainer:
                 }
             )
         return loss
+
+    def _evaluate(self, meter: Meter | None) -> None:
+        valid_loss = self.evaluate()
+        if meter:
+            meter.evaluation(self.progress.step, valid_loss)
 
     def _batches(self) -> Iterator[list[dict[str, torch.Tensor]]]:
         return batches(
