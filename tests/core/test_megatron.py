@@ -63,7 +63,9 @@ assert (torch.cuda.synchronize, torch.Tensor.cuda) == before
 assert random.torch is torch
 import megatron.core.optimizer as optimizer, megatron.core.jit as jit
 from mindspeed_core.optim.adamw import AdamW
+from mindspeed_core.optim.scaling import scale
 assert optimizer.Adam is AdamW and jit.jit_fuser(len) is len
+assert optimizer.clip_grads.multi_tensor_scale_impl is optimizer.optimizer.multi_tensor_scale_impl is scale
 print(random.__file__)
 """
     cold, warm = (_python(code, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2))
@@ -99,6 +101,14 @@ import torch
 assert jit.jit_fuser is torch.compile
 assert o.USING_PYTORCH_OPTIMIZER and o.Adam is torch.optim.AdamW
 assert not d.HAVE_APEX_OR_TE and not d.USING_APEX_OPTIMIZER
+class Counted(torch.Tensor):
+    products = 0
+    def __mul__(self, factor):
+        Counted.products += 1
+        return super().__mul__(factor)
+t = torch.ones(3).as_subclass(Counted)
+o.clip_grads.multi_tensor_scale_impl(0, None, [[t], [t]], 1.0)
+assert Counted.products == 1
 """
     ran = _python(code)
     assert ran.returncode == 0, ran.stderr

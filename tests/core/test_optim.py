@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mindspeed_core.optim.adamw import AdamW
+from mindspeed_core.optim.scaling import scale
 from mindspeed_core.optim.schedule import Schedule
 
 
@@ -64,6 +65,18 @@ def test_parameters_without_a_gradient_stay_as_they_are() -> None:
     params[1].grad = torch.ones_like(params[1])
     optimizer.step()
     assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_lists_are_scaled_into_each_other_and_in_place(factor: float) -> None:
+    sources = [torch.randn(3, 4), torch.randn(5)]
+    expected = [source * factor for source in sources]
+    same, narrow = [s.clone() for s in sources], [torch.empty_like(s, dtype=torch.bfloat16) for s in sources]
+    scale(0, None, [same, same], factor)
+    scale(0, None, [sources, narrow], factor)
+    for one, other, oracle in zip(same, narrow, expected, strict=True):
+        assert torch.equal(one, oracle)
+        assert torch.equal(other, oracle.bfloat16())
 
 
 @pytest.mark.parametrize(

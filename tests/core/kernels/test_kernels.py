@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -82,12 +83,17 @@ def _head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, T
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 4, 11, 100])
-def test_chunked_cross_entropy_equals_the_reference(chunk: int):
+@pytest.mark.parametrize("product", [matmul.native, matmul.cpu])
+@pytest.mark.parametrize("cached", [1, 13 * 3, 1 << 18])  # one token at a time, three, all
+def test_chunked_cross_entropy_equals_the_reference(
+    chunk: int, product: matmul.Product, cached: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cross_entropy, "CACHED", cached)
     hidden, weight, labels, weights = _head(torch.float32)
     weights = weights.to(torch.float32)
     results = []
     for fn in (
-        lambda h, w: cross_entropy.chunked(h, w, labels, weights, vocab_size=13, chunk=chunk),
+        lambda h, w: cross_entropy.chunked(h, w, labels, weights, vocab_size=13, chunk=chunk, product=product),
         lambda h, w: cross_entropy.reference(h, w, labels, weights, 13),
     ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -96,6 +102,28 @@ def test_chunked_cross_entropy_equals_the_reference(chunk: int):
         results.append((loss, h.grad, w.grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_head_adds_its_gradient_to_main_grad(dtype: torch.dtype):
+    hidden, weight, labels, weights = _head(dtype)
+    weights = weights.float()
+
+    def gradients(w: Tensor) -> Tensor:
+        h = hidden.clone().requires_grad_()
+        loss = cross_entropy.chunked(h, w, labels, weights, vocab_size=13, chunk=4, product=matmul.cpu)
+        (loss * 0.7).backward()
+        assert h.grad is not None
+        return h.grad
+
+    plain: Any = weight.clone().requires_grad_()
+    added: Any = weight.clone().requires_grad_()
+    added.main_grad = torch.ones(13, 6)
+    assert torch.equal(gradients(plain), gradients(added))
+    assert added.grad is None
+    torch.testing.assert_close(
+        added.main_grad - 1, plain.grad.float(), rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6
+    )
 
 
 def split_head() -> tuple[float, Tensor, Tensor]:
@@ -146,17 +174,58 @@ def test_fused_where_the_device_has_none_is_refused():
     assert select(Device("npu"), KernelConfig(attention="reference")).attention is attention.reference
 
 
-@pytest.mark.parametrize("rows", [1, 40])
-def test_a_widened_product_is_the_exact_one_rounded_once(rows: int):
+SHAPES = [(1, 1), (3, 2), (40, 1), (17, 3)]  # rows, batch
+
+
+def _linear_cases(rows: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    x = torch.randn(rows, 2, 64, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
-    out = matmul.widened(x, weight)
+    x, grad = torch.randn(rows, batch, 64, dtype=dtype), torch.randn(rows, batch, 48, dtype=dtype)
+    return x.requires_grad_(), torch.randn(48, 64, dtype=dtype, requires_grad=True), grad
+
+
+@pytest.mark.parametrize(("rows", "batch"), SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-7)], ids=str
+)
+def test_the_product_of_a_cpu_is_the_exact_one_rounded(rows: int, batch: int, dtype: torch.dtype, error: float):
+    x, weight, grad = _linear_cases(rows, batch, dtype)
     exact = x.double() @ weight.double().T
-    grads = torch.autograd.grad(out.sum(), (x, weight))
-    oracles = torch.autograd.grad(exact.sum(), (x, weight))
-    for ours, oracle in ((out, exact), *zip(grads, oracles, strict=True)):
-        torch.testing.assert_close(ours.double(), oracle.double(), rtol=2**-7, atol=2**-7)
+    oracles = torch.autograd.grad(exact, (x, weight), grad.double())
+    for product in (matmul.native, matmul.product, *([matmul.widened] if dtype == torch.bfloat16 else [])):
+        out = matmul._Linear.apply(x, weight, None, product)
+        grads = torch.autograd.grad(out, (x, weight), grad)
+        for ours, oracle in ((out, exact), *zip(grads, oracles, strict=True)):
+            assert ours.dtype == dtype
+            assert (ours.double() - oracle.double()).abs().max() < error * oracle.abs().max(), product
+
+
+def test_the_product_of_a_cpu_passes_gradcheck():
+    x, weight, _ = _linear_cases(3, 2, torch.float64)
+    assert torch.autograd.gradcheck(matmul.cpu, (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_weights_are_added_to_main_grad(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(matmul, "PIECE", 64 * 5)  # several pieces, the last one short
+    weight: Any
+    x, weight, grad = _linear_cases(17, 3, dtype)
+    plain = torch.autograd.grad(matmul.cpu(x, weight), weight, grad)[0]
+    before = torch.randn(48, 64)
+    weight.main_grad = before.clone()
+    matmul.cpu(x, weight).backward(grad)
+    matmul.cpu(x, weight).backward(grad)  # the next micro batch
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad, before + plain.float() + plain.float(), rtol=0, atol=1e-6 * 200)
+
+
+def test_onednn_is_taken_only_where_it_is_exact(monkeypatch: pytest.MonkeyPatch):
+    matmul.onednn_is_exact.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(matmul, "onednn", lambda x, w: (x.bfloat16() @ w.bfloat16().T).float())
+        assert not matmul.onednn_is_exact()
+        x, weight, _ = _linear_cases(17, 3, torch.float32)
+        assert torch.equal(matmul.product(x, weight), x @ weight.T)
+    matmul.onednn_is_exact.cache_clear()
 
 
 def test_a_widened_head_gives_the_loss_of_fp32():

@@ -61,6 +61,12 @@ def _adam() -> type:
     return AdamW
 
 
+def _scale() -> Callable:
+    from mindspeed_core.optim.scaling import scale
+
+    return scale
+
+
 _APEX = "without apex or Transformer Engine the optimizer state cannot be resharded: it wants `step` in the param group"
 
 MENDS: tuple[Mend, ...] = (
@@ -69,6 +75,12 @@ MENDS: tuple[Mend, ...] = (
         "jit_fuser",
         lambda: _keep,
         "torch.compile of pointwise functions needs a compiler and 15 s",
+    ),
+    Mend(
+        "megatron.core.utils",
+        "local_multi_tensor_scale",
+        _scale,
+        "it makes a product of every tensor and copies that, also to scale in place and to copy",
     ),
     Mend("megatron.core.optimizer", "Adam", _adam, _APEX),
     Mend("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", lambda: False, _APEX),

@@ -51,7 +51,7 @@ SIDES: dict[str, dict[str, Callable[..., Tensor]]] = {
     "rms_norm": {"reference": rms_norm.reference, "npu": rms_norm.npu},
     "swiglu": {"reference": swiglu.reference, "npu": swiglu.npu},
     "rotary": {"reference": rotary.reference, "npu": rotary.npu},
-    "matmul": {"reference": matmul.native, "cpu": matmul.widened if matmul.widens() else matmul.native},
+    "matmul": {"reference": matmul.native, "cpu": matmul.cpu},
 }
 
 

@@ -15,6 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mindspeed_core.kernels import matmul
+from mindspeed_core.kernels.matmul import Product
+
+CACHED = 1 << 18  # logits that fit into a core's own cache with room to spare
+
 
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, vocab_size: int) -> Tensor:
     """Return sum(weights * cross entropy) for one rank that holds the whole vocabulary.
@@ -34,18 +39,23 @@ def chunked(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
     chunk: int = 256,
+    product: Product = matmul.native,
     wide: bool = False,
 ) -> Tensor:
     """As `reference`, over the ranks of `group`, `chunk` tokens at a time (0: all at once).
 
     Every rank passes the same hidden, labels and weights and its own rows of `weight`. The gradient of `hidden` is this
     rank's share: the caller's copy to the tensor-parallel region sums it. `wide` computes bf16 products in fp32, which is
-    faster where there are no bf16 instructions.
+    faster where there are no bf16 instructions. Where `weight` has a `main_grad` its gradient is added there, unrounded,
+    and autograd sees none.
     """
     chunk = chunk or max(1, hidden.shape[0])
+    into = getattr(weight, "main_grad", None) if product is not matmul.native else None
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # the gradients are made on the way
     if wide and hidden.dtype != torch.float32:
         hidden, weight = hidden.float(), weight.float()  # once for all chunks; autograd casts the gradients back
-    return _Chunked.apply(hidden, weight, labels, weights, vocab_size, group, chunk)
+    return _Chunked.apply(hidden, weight, labels, weights, vocab_size, group, chunk, product, into)
 
 
 class _Chunked(torch.autograd.Function):
@@ -59,6 +69,8 @@ class _Chunked(torch.autograd.Function):
         vocab_size: int,
         group: dist.ProcessGroup | None,
         chunk: int,
+        product: Product,
+        into: Tensor | None,
     ) -> Tensor:
         if group is not None and group.size() == 1:
             group = None
@@ -70,40 +82,19 @@ class _Chunked(torch.autograd.Function):
         # fp32: the sum over chunks would lose the small terms in bf16
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # a few tokens at a time stay in the cache from their logits to their gradients; a collective is for all of them
+        few = max(1, CACHED // rows) if group is None and hidden.device.type == "cpu" else chunk
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             x, local, scale = hidden[part], labels[part] - first, weights[part].float()
-            logits = (x @ weight.T).float()  # [c, rows]
-            if real < rows:
-                logits[:, real:] = float("-inf")
-            peak = logits.amax(-1)
-            if group is not None:
-                dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-            logits -= peak[:, None]
-            mine = (local >= 0) & (local < rows)
-            at = local.clamp(0, rows - 1)[:, None]
-            target = logits.gather(1, at)[:, 0].masked_fill(~mine, 0.0)
-            probabilities = logits.exp_()
-            sums = probabilities.sum(-1)
-            if group is not None:
-                both = torch.stack((sums, target))
-                dist.all_reduce(both, group=group)
-                sums, target = both.unbind(0)
-            total += ((sums.log() - target) * scale).sum()
-            if not (need_hidden or need_weight):
-                continue
-            # d loss / d logits = (softmax - one hot) * weight of the token
-            probabilities *= (scale / sums)[:, None]
-            probabilities.scatter_add_(1, at, torch.where(mine, -scale, torch.zeros_like(scale))[:, None])
-            gradient = probabilities.to(x.dtype)
+            logits = product(x, weight)  # [c, rows]
+            for tokens in zip(logits.split(few), local.split(few), scale.split(few), strict=True):
+                total += _differentiate(*tokens, real, group)
             if grad_hidden is not None:
-                grad_hidden[part] = gradient @ weight
+                grad_hidden[part] = product(logits, weight.T)
             if grad_weight is not None:
-                if weight.dtype == torch.float32:
-                    grad_weight.addmm_(gradient.T, x)
-                else:
-                    grad_weight += gradient.T @ x
-        ctx.dtype = weight.dtype
+                matmul.accumulate(grad_weight, logits, x, product)
+        ctx.dtype, ctx.into = weight.dtype, into
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -112,6 +103,38 @@ class _Chunked(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
-        if grad_weight is not None:
+        if grad_weight is not None and ctx.into is not None:
+            ctx.into.addcmul_(grad_weight, grad)
+            grad_weight = None
+        elif grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, *(None,) * 7
+
+
+def _differentiate(logits: Tensor, local: Tensor, scale: Tensor, real: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Turn logits [c, rows] into the gradient of the loss by them, in place, and return the loss.
+
+    `local` [c] are the labels counted from this rank's first row, `scale` [c] the weights.
+    """
+    rows = logits.shape[1]
+    wide = logits.float()  # the same tensor where it is fp32 already
+    if real < rows:
+        wide[:, real:] = float("-inf")
+    peak = wide.amax(-1)
+    if group is not None:
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    wide -= peak[:, None]
+    mine = (local >= 0) & (local < rows)
+    at = local.clamp(0, rows - 1)[:, None]
+    target = wide.gather(1, at)[:, 0].masked_fill(~mine, 0.0)
+    sums = wide.exp_().sum(-1)
+    if group is not None:
+        both = torch.stack((sums, target))
+        dist.all_reduce(both, group=group)
+        sums, target = both.unbind(0)
+    # d loss / d logits = (softmax - one hot) * weight of the token
+    wide *= (scale / sums)[:, None]
+    wide.scatter_add_(1, at, torch.where(mine, -scale, torch.zeros_like(scale))[:, None])
+    if wide is not logits:
+        logits.copy_(wide)
+    return ((sums.log() - target) * scale).sum()

@@ -126,7 +126,8 @@ class LanguageModel(LanguageModule):
             vocab_size=self.arch.vocab_size,
             group=self.tp_group,
             chunk=self.kernels.cross_entropy_chunk,
-            wide=self.kernels.matmul is matmul.widened,
+            product=self.kernels.matmul,
+            wide=self.kernels.matmul is matmul.cpu and matmul.widens(),
         )
 
     def hidden_states(
