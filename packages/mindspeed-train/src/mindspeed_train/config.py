@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_serializer, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from mindspeed_core.kernels import KernelConfig
+from mindspeed_core.memory.config import MemoryConfig
 from mindspeed_core.models.families import preset
 from mindspeed_core.optim.build import OptimConfig
 from mindspeed_core.parallel.mesh import ParallelConfig
@@ -113,23 +114,6 @@ class BatchConfig(Section):
     @model_serializer
     def _names(self) -> dict[str, int]:
         return {"micro": self.micro, "global": self.total}
-
-
-class MemoryConfig(Section):
-    """Section `memory`: names the recipe format reserves; this version takes each only as it stands."""
-
-    recompute: str = "none"
-    recompute_layers: int | None = None
-    recompute_norm: bool = False
-    recompute_activation: bool = False
-    swap_attention: bool = False
-
-    @field_validator("*")
-    @classmethod
-    def _not_yet(cls, value: Any, info: ValidationInfo) -> Any:
-        if value != cls.model_fields[info.field_name or ""].default:
-            raise ValueError(NOT_YET)
-        return value
 
 
 class TrainConfig(Section):

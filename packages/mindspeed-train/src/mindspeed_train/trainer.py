@@ -202,6 +202,7 @@ class Trainer:
             self.mesh,
             precision=self.recipe.precision,
             kernels=select(self.device, self.recipe.kernels),
+            memory=self.recipe.memory,
             variable_seq_lengths=self.task.varies,
         )
         if random:

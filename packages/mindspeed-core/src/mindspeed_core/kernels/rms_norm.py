@@ -9,7 +9,8 @@ from torch import Tensor
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight, reduced in fp32, in the dtype of x."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    # torch makes several steps of it on a CPU: seen from outside, x has one gradient, summed in the same order always
+    return F.rms_norm(x.view_as(x), weight.shape, weight, eps)
 
 
 def npu(x: Tensor, weight: Tensor, eps: float) -> Tensor:

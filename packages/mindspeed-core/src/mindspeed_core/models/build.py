@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from mindspeed_core.errors import InputError
 from mindspeed_core.kernels import Kernels, matmul_collective, select
+from mindspeed_core.memory.config import MemoryConfig
 from mindspeed_core.models.family import Architecture, pad_vocab
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 from mindspeed_core.parallel.pipeline import stage_layers
@@ -106,14 +107,19 @@ def build_model(
     *,
     precision: Precision = "fp32",
     kernels: Kernels | None = None,
+    memory: MemoryConfig | None = None,
     **more: Any,
 ) -> list[Any]:
     """Return this rank's LanguageModel chunks, one per pipeline chunk. Weights are allocated, not set."""
     problems = check(arch, mesh.config)
     if problems:
         raise InputError("\n".join(problems))
+    from mindspeed_core.memory import recompute
     from mindspeed_core.models.model import LanguageModel
 
+    memory = memory or MemoryConfig()
+    if memory.recompute == "full":
+        more |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}  # see Block
     config = transformer_config(arch, mesh.config, precision=precision, on_host=mesh.device.type == "cpu", **more)
     kernels = kernels or select(mesh.device)
     side = matmul_collective.select(
@@ -130,4 +136,5 @@ def build_model(
         last=mesh.is_last_stage,
         pg_collection=mesh.groups,
     )
+    recompute.apply(model.decoder, memory.plan(len(model.decoder.layers)))
     return [model.to(mesh.device.torch)]

@@ -13,11 +13,11 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mindspeed_core.kernels import Kernels, cross_entropy, matmul
+from mindspeed_core.memory.recompute import Block
 from mindspeed_core.models import rope
 from mindspeed_core.models.attention import AttentionPlan, Cache
 from mindspeed_core.models.family import Architecture
@@ -56,7 +56,7 @@ class LanguageModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, padded_vocab, arch.max_positions, position_embedding_type="rope", tp_group=pg_collection.tp
             )
-        self.decoder = TransformerBlock(
+        self.decoder = Block(
             config,
             block_spec(arch, kernels, layers),
             pre_process=first,

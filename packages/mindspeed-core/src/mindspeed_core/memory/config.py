@@ -1,0 +1,95 @@
+"""Section `memory`, and what it means for the layers of one pipeline chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mindspeed_core.recipe import Section
+
+Layers = bool | Annotated[int, Field(ge=1)]  # every layer, or so many of them
+
+
+class MemoryConfig(Section):
+    """Section `memory`: what the forward pass does not keep for the backward pass, and how it is had again.
+
+    Nothing here changes a gradient by a bit.
+    """
+
+    recompute: Literal["none", "full", "selective"] = "none"  # whole layers, or of each only the core of its attention
+    recompute_method: Literal["block", "uniform"] = "block"  # of full: the first layers of a chunk, or groups of layers
+    recompute_layers: int | None = Field(
+        None, ge=1
+    )  # block: how many, by default all; uniform: in a group, by default 1
+    recompute_per_rank: bool = False  # block: recompute_layers counts over all chunks of a stage, not in each
+    recompute_norm: Layers = False  # drop the outputs of the two norms of a layer; a number: of so many layers
+    recompute_activation: Layers = False  # drop the output of SwiGLU; a number: of so many layers
+    recompute_in_advance: bool = False  # recompute a chunk's layers before waiting for their gradient
+    swap_attention: bool = False  # keep what attention saves on the host until its layer's turn comes
+
+    @field_validator("recompute_in_advance", "swap_attention")
+    @classmethod
+    def _not_yet(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("this version cannot do that yet; leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _agrees(self) -> MemoryConfig:
+        problems = []
+        full = self.recompute == "full"
+        for name in ("recompute_layers", "recompute_per_rank", "recompute_in_advance"):
+            if getattr(self, name) and not full:
+                problems.append(f"{name}: is about whole layers; set recompute: full too, or leave it out")
+        if self.recompute_method == "uniform":
+            if not full:
+                problems.append("recompute_method: is about whole layers; set recompute: full too, or leave it out")
+            for name in ("recompute_per_rank", "recompute_norm", "recompute_activation", "swap_attention"):
+                if full and getattr(self, name):
+                    problems.append(f"{name}: uniform recomputes every layer whole; use recompute_method: block")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def plan(self, layers: int, *, chunk: int = 0, chunks: int = 1) -> Plan:
+        """Return what is done with each of the `layers` layers of a chunk, which is one of `chunks` on its stage.
+
+        Layers take their turn in this order: first those recomputed whole, then, as far as there are layers left,
+        those whose norms and activations are. With `recompute_per_rank` the turn goes round the chunks of a stage:
+
+            layer 0 of chunk 0, layer 0 of chunk 1, layer 1 of chunk 0, layer 1 of chunk 1 ...
+        """
+        turn = [i * chunks + chunk if self.recompute_per_rank else i for i in range(layers)]
+        full = {"none": 0, "selective": 0, "full": self.recompute_layers}[self.recompute]
+        groups: tuple[range, ...]
+        if self.recompute_method == "uniform":
+            size = self.recompute_layers or 1
+            groups = tuple(range(first, min(first + size, layers)) for first in range(0, layers, size))
+        else:
+            groups = tuple(range(i, i + 1) for i in range(layers) if full is None or turn[i] < full)
+        whole = {i for group in groups for i in group}
+
+        def partly(wanted: bool | int) -> frozenset[int]:
+            last = float("inf") if wanted is True else (full or 0) + wanted
+            return frozenset(i for i in range(layers) if i not in whole and turn[i] < last)
+
+        return Plan(
+            groups=groups,
+            norm=partly(self.recompute_norm),
+            activation=partly(self.recompute_activation),
+            attention=partly(self.recompute == "selective"),
+            swap=partly(self.swap_attention),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers of a chunk, counted in it from 0, are treated how. A layer recomputed whole needs nothing else."""
+
+    groups: tuple[range, ...] = ()  # recomputed together; of each group only the input is kept
+    norm: frozenset[int] = frozenset()
+    activation: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+    swap: frozenset[int] = frozenset()
