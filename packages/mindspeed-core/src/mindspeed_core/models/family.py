@@ -8,12 +8,57 @@ tensor-parallel ranks. Conversion, training, evaluation and generation read the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+RouterKind = Literal["aux_loss", "softmax_topk", "group_limited_greedy", "noaux_tc", "sinkhorn", "sparsemixer"]
+Balance = Literal["micro_batch", "sequence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The mixture of experts that stands in some layers where others have a feed-forward layer."""
+
+    count: int
+    top_k: int  # experts that compute one token
+    ffn_hidden_size: int  # of one expert
+    shared_ffn_hidden_size: int = 0  # of what computes every token beside them; 0: nothing does
+    shared_gate: bool = False  # a sigmoid of the token scales what the shared experts say
+    # which layers: behind the first `first_dense`, each i with i % every == offset, but for `dense_layers`
+    first_dense: int = 0
+    every: int = 1
+    offset: int = 0
+    dense_layers: tuple[int, ...] = ()
+    router: RouterKind = "softmax_topk"
+    groups: int = 1  # the router first chooses `topk_groups` of so many groups of neighbouring experts
+    topk_groups: int = 1
+    normalize: bool = False  # the weights of a token's experts are made to sum to one
+    scaling: float = 1.0  # what those weights are multiplied with
+    bias: bool = False  # an expert's bias in the choice, which follows its load (noaux_tc)
+    bias_update_rate: float = 1e-3
+    balance: Balance = "micro_batch"  # over which tokens the balance loss is taken
+    aux_loss: float = 0.0  # coefficient of the balance loss
+    z_loss: float = 0.0  # coefficient of mean(logsumexp(logits)^2)
+    jitter: float = 0.0  # the router sees its input times a random number in [1 - jitter, 1 + jitter]
+
+    def at(self, layer: int) -> bool:
+        """Return True for a layer, counted from 0, that has experts."""
+        return layer >= self.first_dense and layer % self.every == self.offset and layer not in self.dense_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Multi-head latent attention: the widths of what keys, values and queries are made from."""
+
+    rank: int  # of the latent that keys and values share
+    nope_dim: int  # of a head's query and key, without position
+    rope_dim: int  # of the part that the rotary embedding turns, behind it
+    value_dim: int  # of a head's value
+    query_rank: int | None = None  # of the latent of the queries; None: they are made straight from the hidden state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +80,42 @@ class Architecture:
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm over head_dim of q and k before the rotary embedding
     init_std: float = 0.02
+    experts: Experts | None = None  # None: every layer is dense
+    latent: Latent | None = None  # None: attention with grouped queries; else head_dim is nope_dim + rope_dim
+
+    def has_experts(self, layer: int) -> bool:
+        """Return True for a layer, counted from 0, whose feed-forward part is a mixture of experts."""
+        return self.experts is not None and self.experts.at(layer)
+
+    @property
+    def shared_experts(self) -> bool:
+        """True when experts compute every token beside those that are chosen."""
+        return self.experts is not None and self.experts.shared_ffn_hidden_size > 0
+
+    @property
+    def shared_gate(self) -> bool:
+        """True when a gate scales what the shared experts say."""
+        return self.experts is not None and self.experts.shared_gate
+
+    @property
+    def expert_bias(self) -> bool:
+        """True when the router chooses with a bias of each expert."""
+        return self.experts is not None and self.experts.bias
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head the rotary embedding turns."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def query_latent(self) -> bool:
+        """True when queries are made from a latent of their own."""
+        return self.latent is not None and self.latent.query_rank is not None
+
+    @property
+    def plain_query(self) -> bool:
+        """True when keys have a latent and queries have none."""
+        return self.latent is not None and self.latent.query_rank is None
 
     @property
     def untied(self) -> bool:
@@ -43,14 +124,31 @@ class Architecture:
 
     def dimension(self, letter: str) -> int:
         """Return the size that a letter of `Weight.dims` stands for."""
-        return {
+        sizes = {
+            "1": 1,
             "v": self.vocab_size,
             "h": self.hidden_size,
             "f": self.ffn_hidden_size,
             "d": self.head_dim,
             "nd": self.num_heads * self.head_dim,
             "gd": self.num_query_groups * self.head_dim,
-        }[letter]
+        }
+        if self.experts is not None:
+            sizes |= {
+                "e": self.experts.count,
+                "ef": self.experts.ffn_hidden_size,
+                "sf": self.experts.shared_ffn_hidden_size,
+            }
+        if self.latent is not None:
+            latent = self.latent
+            sizes |= {
+                "l": latent.rank,
+                "lr": latent.rank + latent.rope_dim,
+                "nkv": self.num_heads * (latent.nope_dim + latent.value_dim),
+                "nv": self.num_heads * latent.value_dim,
+                "ql": latent.query_rank or 0,
+            }
+        return sizes[letter]
 
 
 class Tensors(Protocol):
@@ -154,8 +252,10 @@ gated = Kind(
 class Weight:
     """One row of a family: a Megatron name, its kind, and the Hugging Face names it is packed from.
 
-    `{i}` stands for the layer, `{a,b}` for several tensors in that order. Shapes are words: `v` vocabulary, `h` hidden,
-    `f` feed-forward, `d` head, `nd` all query heads, `gd` all key/value heads.
+    `{i}` stands for the layer, `{e}` for the expert, `{a,b}` for several tensors in that order. Shapes are words: `v`
+    vocabulary, `h` hidden, `f` feed-forward, `d` head, `nd` all query heads, `gd` all key/value heads, `e` experts, `ef`
+    feed-forward of one expert, `sf` feed-forward of the shared experts; `l` latent, `lr` latent and rotary part, `nkv` keys
+    and values of all heads, `nv` values of all heads, `ql` latent of the queries.
     """
 
     megatron: str
@@ -164,10 +264,11 @@ class Weight:
     dims: str  # the shape of the Hugging Face tensors, in the letters of `Architecture.dimension`; `|` between several
     when: str | None = None  # the Architecture switch this row needs
     init: str = "normal"  # normal | scaled (normal / sqrt(2 layers), for what writes the residual) | ones | zeros
+    only: Literal["dense", "experts"] | None = None  # which layers have this row; None: all
 
-    def hf_names(self, layer: int | None = None) -> list[str]:
-        """Return the Hugging Face names of this row for one layer."""
-        name = self.hf if layer is None else self.hf.replace("{i}", str(layer))
+    def hf_names(self, layer: int | None = None, expert: int | None = None) -> list[str]:
+        """Return the Hugging Face names of this row for one layer, and for one expert where it has one for each."""
+        name = _numbered(self.hf, layer, expert)
         match = re.search(r"\{([^}]*,[^}]*)\}", name)
         if match is None:
             return [name]
@@ -187,6 +288,7 @@ class Placed:
     layer: int | None  # counted over the whole model from 0; None outside the layers
     row: Weight
     hf_names: tuple[str, ...]
+    expert: int | None = None  # counted over the layer from 0; None where all tokens meet this tensor
 
 
 @dataclass(frozen=True)
@@ -208,8 +310,28 @@ class Family:
         for weight in rows[:first]:
             yield Placed(weight.megatron, None, weight, tuple(weight.hf_names()))
         for i in range(arch.num_layers):
+            kind = "experts" if arch.has_experts(i) else "dense"
             for weight in layered:
-                yield Placed(weight.megatron.replace("{i}", str(i)), i, weight, tuple(weight.hf_names(i)))
+                if weight.only in (None, kind):
+                    for e in _experts(weight, arch):
+                        names = tuple(weight.hf_names(i, e))
+                        yield Placed(_numbered(weight.megatron, i, e), i, weight, names, e)
         for weight in rows[first:]:
             if weight not in layered:
                 yield Placed(weight.megatron, None, weight, tuple(weight.hf_names()))
+
+
+def _experts(weight: Weight, arch: Architecture) -> Iterable[int | None]:
+    """Return the experts that a row stands for."""
+    if "{e}" not in weight.megatron:
+        return (None,)
+    assert arch.experts is not None, f"{weight.megatron}: the architecture has no experts"
+    return range(arch.experts.count)
+
+
+def _numbered(name: str, layer: int | None, expert: int | None) -> str:
+    """Put the numbers into a name with `{i}` and `{e}`."""
+    for letter, number in (("{i}", layer), ("{e}", expert)):
+        if number is not None:
+            name = name.replace(letter, str(number))
+    return name

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mindspeed_core.models.balance import update_biases
 from mindspeed_core.optim.build import OptimConfig
 from mindspeed_core.parallel.mesh import Mesh
 
@@ -34,7 +35,12 @@ def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> li
         DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=place > 0, pg_collection=mesh.groups)
         for place, chunk in enumerate(chunks)
     ]
+
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        finalize_model_grads(*args, **kwargs)
+        update_biases(chunks, mesh.groups.tp_dp_cp)
+
     for chunk in chunks:
         assert chunk.config.calculate_per_token_loss, "the loss must be a sum over tokens"
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = finalize
     return wrapped

@@ -1,0 +1,88 @@
+"""The products of a mixture of experts: each run of rows meets a weight of its own.
+
+rows 0..2 x weight 0        counts [3, 0, 2]
+nothing   x weight 1        an expert without rows gets a gradient of zeros, not none: data parallelism waits for it
+rows 3..4 x weight 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_core.kernels import matmul
+
+GroupedMatmul = Callable[[Tensor, Sequence[Tensor], Sequence[int]], Tensor]
+
+
+def reference(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Return each run of rows times the transpose of its weight: x [sum(counts), k], weights of [n, k] -> [sum(counts), n]."""
+    return _Looped.apply(matmul.native, tuple(counts), x, *weights)
+
+
+def cpu(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """As `reference`, each product by the fastest kernel of this CPU."""
+    return _Looped.apply(matmul.product, tuple(counts), x, *weights)
+
+
+def npu(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """As `reference`, all experts in one kernel."""
+    return _Npu.apply(tuple(counts), x, *weights)
+
+
+class _Looped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, product: matmul.Product, counts: tuple[int, ...], x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.product, ctx.counts = product, counts
+        ctx.save_for_backward(x, *weights)
+        out = x.new_empty(x.shape[0], weights[0].shape[0])
+        for rows, result, weight in zip(x.split(counts), out.split(counts), weights, strict=True):
+            if len(rows):
+                result.copy_(product(rows, weight))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, *weights = ctx.saved_tensors
+        _, _, needs_x, *needs_weight = ctx.needs_input_grad
+        grad_x = torch.empty_like(x) if needs_x else None
+        grads: list[Tensor | None] = []
+        start = 0
+        for weight, count, needed in zip(weights, ctx.counts, needs_weight, strict=True):
+            rows = slice(start, start + count)
+            start += count
+            if grad_x is not None and count:
+                grad_x[rows] = ctx.product(grad[rows], weight.T)
+            if not needed:
+                grads.append(None)
+            elif count:
+                grads.append(ctx.product(grad[rows].T, x[rows].T))
+            else:
+                grads.append(torch.zeros_like(weight))
+        return None, None, grad_x, *grads
+
+
+class _Npu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, counts: tuple[int, ...], x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.counts = torch.tensor(counts, device=x.device)
+        ctx.save_for_backward(x, *weights)
+        return _fused(x, torch.stack(weights).transpose(1, 2), ctx.counts, group_type=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, *weights = ctx.saved_tensors
+        grad_x = _fused(grad, torch.stack(weights), ctx.counts, group_type=0) if ctx.needs_input_grad[1] else None
+        if not any(ctx.needs_input_grad[2:]):
+            return None, grad_x, *([None] * len(weights))
+        # the sum runs over the rows of each expert; where there are none the kernel writes zeros
+        return None, grad_x, *_fused(grad.T, x, ctx.counts, group_type=2).unbind(0)
+
+
+def _fused(a: Tensor, b: Tensor, counts: Tensor, *, group_type: int) -> Tensor:
+    return torch.ops.npu.npu_grouped_matmul(
+        [a], [b], group_list=counts, group_list_type=1, group_type=group_type, split_item=3
+    )[0]
