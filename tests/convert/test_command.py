@@ -151,10 +151,7 @@ def test_every_fault_is_one_line_and_exit_code_2(source: Path, tmp_path: Path) -
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == 3
-    assert (
-        lines[0]
-        == "error: tp=3 does not divide the model's 2 query groups (num_key_value_heads); choose a divisor of 2"
-    )
+    assert lines[0] == "error: --tp 3 does not divide num_attention_heads=4; use 1 or 2 or 4"
     assert not (tmp_path / "x").exists()
 
 

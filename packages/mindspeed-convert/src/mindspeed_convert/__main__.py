@@ -48,6 +48,13 @@ def mcore(
     target: Target,
     tp: Annotated[int, typer.Option(min=1, help="Cut every layer over this many ranks.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Cut the layers into this many stages.")] = 1,
+    vpp: Annotated[int, typer.Option(min=1, help="Cut every stage into this many chunks (virtual stages).")] = 1,
+    layers_per_stage: Annotated[
+        str, typer.Option(metavar="N,N,...", help="The layers of each stage; by default as equal as can be.")
+    ] = "",
+    noop_layers: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Places that compute nothing, counted from 0 with the layers.")
+    ] = "",
     make_vocab_size_divisible_by: Annotated[
         int, typer.Option(min=1, help="Pad the vocabulary to a multiple of this times tp, as Megatron's option does.")
     ] = 1,
@@ -59,10 +66,27 @@ def mcore(
     """Write a Megatron folder: iter_*/mp_rank_*/model_optim_rng.pt with megatron-core's key names."""
     from mindspeed_convert.plan import plan_mcore
     from mindspeed_convert.run import convert, open_source
+    from mindspeed_core.checkpoint.megatron import Layout
 
+    layout = Layout(
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        layers_per_stage=_numbers("--layers-per-stage", layers_per_stage) or None,
+        noop_layers=tuple(sorted(_numbers("--noop-layers", noop_layers))),
+        vocab_divisor=make_vocab_size_divisible_by,
+    )
     checkpoint = open_source(source, target, config=config, dtype=dtype)
-    plan = plan_mcore(checkpoint, target, tp=tp, pp=pp, vocab_divisor=make_vocab_size_divisible_by)
-    print(convert(plan, overwrite=overwrite, verify=verify))
+    print(convert(plan_mcore(checkpoint, target, layout), overwrite=overwrite, verify=verify))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    from mindspeed_core.errors import InputError
+
+    try:
+        return tuple(int(number) for number in text.split(",")) if text else ()
+    except ValueError:
+        raise InputError(f"{option} {text}: is no list of numbers; write them as in 4,5,5,4") from None
 
 
 @app.command("inspect")

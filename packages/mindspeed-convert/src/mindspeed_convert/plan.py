@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 
 from mindspeed_core.checkpoint import Checkpoint, hf, megatron
-from mindspeed_core.checkpoint.tensors import nbytes
 from mindspeed_core.errors import InputError
 
 
@@ -56,17 +55,17 @@ def plan_hf(checkpoint: Checkpoint, target: Path) -> Plan:
     return _roomy(Plan(checkpoint, target, "Hugging Face", files, hf.write_hf))
 
 
-def plan_mcore(checkpoint: Checkpoint, target: Path, *, tp: int, pp: int, vocab_divisor: int) -> Plan:
-    """Plan a Megatron folder; raise where `tp` or `pp` does not divide the model."""
-    layout = megatron.Layout(tp=tp, pp=pp, vocab_divisor=vocab_divisor)
+def plan_mcore(checkpoint: Checkpoint, target: Path, layout: megatron.Layout) -> Plan:
+    """Plan a Megatron folder; raise where the model cannot be cut so."""
     problems = layout.problems(checkpoint.architecture)
     if problems:
         raise InputError("\n".join(problems))
     files = {}
-    for stage in range(pp):
-        size = sum(nbytes(dtype, shape) for shape, dtype in megatron.rank_shapes(checkpoint, layout, stage).values())
-        files |= {layout.rank_folder(tp_rank, stage): size for tp_rank in range(tp)}
-    told = f"Megatron, tp={tp} pp={pp}"
+    for stage in range(layout.pp):
+        models = megatron.rank_models(checkpoint, layout, stage).values()
+        size = sum(tensor.nbytes for model in models for tensor in model.values())
+        files |= {layout.rank_folder(tp_rank, stage): size for tp_rank in range(layout.tp)}
+    told = f"Megatron, tp={layout.tp} pp={layout.pp}" + (f" vpp={layout.vpp}" if layout.vpp > 1 else "")
     return _roomy(Plan(checkpoint, target, told, files, partial(megatron.write_megatron, layout=layout)))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mindspeed_core.models import build
 from mindspeed_core.models.family import Architecture
+from mindspeed_core.parallel.pipeline import micro_batch_group
 
 if TYPE_CHECKING:
     from mindspeed_train.config import Recipe
@@ -72,6 +73,19 @@ def _batch_is_dealt(case: Case) -> str | None:
     )
 
 
+def _chunks_take_groups(case: Case) -> str | None:
+    batch, parallel, dp = case.recipe.batch, case.recipe.parallel, case.dp
+    group = micro_batch_group(parallel.pp, parallel.vpp)
+    if dp is None or batch.total % (batch.micro * dp) or batch.total // (batch.micro * dp) % group == 0:
+        return None
+    share = batch.micro * dp * group
+    near = sorted({max(1, batch.total // share) * share, (batch.total // share + 1) * share})
+    return (
+        f"batch.global: {batch.total} makes {batch.total // (batch.micro * dp)} micro batches, and parallel.vpp takes them in "
+        f"groups of pp={parallel.pp}; use {' or '.join(map(str, near))}"
+    )
+
+
 def _evaluation_has_data(case: Case) -> str | None:
     data = case.recipe.data
     if case.recipe.train.eval_every and data.valid is None and data.split is None:
@@ -119,6 +133,11 @@ RULES: tuple[Rule, ...] = (
         keys=("batch.global", "batch.micro", "parallel.dp"),
         says="`batch.global` is a multiple of `batch.micro` times `dp`.",
         fault=_batch_is_dealt,
+    ),
+    Rule(
+        keys=("parallel.vpp", "batch.global"),
+        says="With `vpp` the micro batches of a rank are a multiple of `pp`.",
+        fault=_chunks_take_groups,
     ),
     Rule(
         keys=("train.eval_every", "data.valid", "data.split"),

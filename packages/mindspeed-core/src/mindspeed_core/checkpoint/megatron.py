@@ -4,6 +4,8 @@ FOLDER/latest_checkpointed_iteration.txt                   "1"
 FOLDER/iter_0000001/mp_rank_00/model_optim_rng.pt          mp_rank_TT where pp = 1
 FOLDER/iter_0000001/mp_rank_00_000/model_optim_rng.pt      mp_rank_TT_PPP where pp > 1
 FOLDER/hf/                                                 ours: configuration, tokenizer, the source's file plan
+
+A file holds `model`, or `model0`, `model1` ... where a stage has several chunks.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from mindspeed_core.checkpoint.tensors import PackedTensors, pack, shard_shape
 from mindspeed_core.checkpoint.torch_file import TorchFile, read_torch_file
 from mindspeed_core.errors import InputError
 from mindspeed_core.models.family import Architecture, Family, Placed, pad_rows, pad_vocab
-from mindspeed_core.parallel.pipeline import stage_layers
+from mindspeed_core.parallel.pipeline import Placement
+from mindspeed_core.parallel.split import command_option, split_problems
 
 LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
@@ -49,23 +52,24 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
+    layers_per_stage: tuple[int, ...] | None = None
+    noop_layers: tuple[int, ...] = ()
     vocab_divisor: int = 1  # Megatron's --make-vocab-size-divisible-by
+
+    def placement(self, arch: Architecture) -> Placement:
+        """Return where the layers of a model lie."""
+        return Placement(
+            num_layers=arch.num_layers,
+            pp=self.pp,
+            vpp=self.vpp,
+            layers_per_stage=self.layers_per_stage,
+            noop_layers=self.noop_layers,
+        )
 
     def problems(self, arch: Architecture) -> list[str]:
         """Return why a model of this architecture cannot be cut so; empty if it can."""
-        cuts = (
-            ("tp", self.tp, arch.num_query_groups, "query groups (num_key_value_heads)"),
-            ("tp", self.tp, arch.num_heads, "attention heads (num_attention_heads)"),
-            ("tp", self.tp, arch.ffn_hidden_size, "feed-forward columns (intermediate_size)"),
-        )
-        found = [
-            f"{name}={size} does not divide the model's {whole} {what}; choose a divisor of {whole}"
-            for name, size, whole, what in cuts
-            if whole % size
-        ]
-        if self.pp > arch.num_layers:
-            found.append(f"pp={self.pp} is more stages than the model's {arch.num_layers} layers; choose fewer")
-        return found
+        return split_problems(arch, tp=self.tp, placement=self.placement(arch), name=command_option)
 
     def padded_vocab(self, arch: Architecture) -> int:
         """Return the number of rows of the embedding over all ranks."""
@@ -76,18 +80,20 @@ class Layout:
         return f"mp_rank_{tp_rank:02d}" + (f"_{stage:03d}" if self.pp > 1 else "")
 
 
-def stage_rows(family: Family, arch: Architecture, pp: int, stage: int) -> Iterator[tuple[str, Placed]]:
-    """Yield what the ranks of a pipeline stage store: the key in the file, and the row behind it.
+def chunk_rows(
+    family: Family, arch: Architecture, placement: Placement, stage: int, chunk: int
+) -> Iterator[tuple[str, Placed]]:
+    """Yield what the ranks of a pipeline stage store of one chunk: the key in the file, and the row behind it.
 
-    Each stage counts its layers from 0. Where the output layer is the embedding, and that lies on another stage, the last
-    stage stores a copy of it under the output layer's name.
+    Each chunk counts its layers from 0, noop layers too. Where the output layer is the embedding, and that lies on another
+    stage, the last one stores a copy of it under the output layer's name.
     """
-    layers = stage_layers(arch.num_layers, pp, stage)
-    first, last = stage == 0, stage == pp - 1
+    places = {layer: local for local, layer in enumerate(placement.held(stage, chunk)) if layer is not None}
+    first, last = placement.is_first(stage, chunk), placement.is_last(stage, chunk)
     for placed in family.placed(arch):
         if placed.layer is not None:
-            if placed.layer in layers:
-                yield placed.row.megatron.replace("{i}", str(placed.layer - layers.start)), placed
+            if placed.layer in places:
+                yield placed.row.megatron.replace("{i}", str(places[placed.layer])), placed
         elif placed.megatron.startswith("embedding."):
             if first:
                 yield placed.megatron, placed
@@ -98,17 +104,27 @@ def stage_rows(family: Family, arch: Architecture, pp: int, stage: int) -> Itera
         yield _OUTPUT, embedding
 
 
-def rank_shapes(checkpoint: Checkpoint, layout: Layout, stage: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and dtype of every tensor in the file of one rank of a stage; tensor-parallel ranks are alike."""
+def rank_models(checkpoint: Checkpoint, layout: Layout, stage: int) -> dict[str, dict[str, Tensor]]:
+    """Return what the file of one rank of a stage holds, on the meta device; tensor-parallel ranks are alike."""
     arch = checkpoint.architecture
     padded = layout.padded_vocab(arch)
-    return {
-        key: (
-            shard_shape(placed, arch, tp=layout.tp, padded_vocab=padded),
-            checkpoint.tensors.dtype(placed.hf_names[0]),
-        )
-        for key, placed in stage_rows(checkpoint.family, arch, layout.pp, stage)
-    }
+
+    def model(chunk: int) -> dict[str, Tensor]:
+        rows = chunk_rows(checkpoint.family, arch, layout.placement(arch), stage, chunk)
+        return {
+            key: torch.empty(
+                shard_shape(placed, arch, tp=layout.tp, padded_vocab=padded),
+                dtype=checkpoint.tensors.dtype(placed.hf_names[0]),
+                device="meta",
+            )
+            for key, placed in rows
+        }
+
+    return {_model_key(chunk, layout.vpp): model(chunk) for chunk in range(layout.vpp)}
+
+
+def _model_key(chunk: int, vpp: int) -> str:
+    return f"model{chunk}" if vpp > 1 else "model"
 
 
 def write_megatron(
@@ -135,14 +151,11 @@ def write_megatron(
     with new_folder(target, overwrite=overwrite) as folder:
         step = folder / f"iter_{iteration:07d}"
         for stage in range(layout.pp):
-            shapes = rank_shapes(checkpoint, layout, stage)
             document = {
                 "args": megatron_args(arch, layout, tensors.dtype(next(iter(family.placed(arch))).hf_names[0])),
                 "checkpoint_version": 3.0,
                 "iteration": iteration,
-                "model": {
-                    key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in shapes.items()
-                },
+                **rank_models(checkpoint, layout, stage),
             }
             with ExitStack() as stack:
                 files = []
@@ -150,7 +163,9 @@ def write_megatron(
                     path = step / layout.rank_folder(tp_rank, stage) / FILE
                     path.parent.mkdir(parents=True)
                     files.append(stack.enter_context(TorchFile(path, document)))
-                for _, placed in stage_rows(family, arch, layout.pp, stage):
+                placement = layout.placement(arch)
+                rows = [row for chunk in range(layout.vpp) for row in chunk_rows(family, arch, placement, stage, chunk)]
+                for _, placed in rows:
                     kind = placed.row.kind
                     view = pack(placed, tensors, arch)
                     if kind.padded:
@@ -167,8 +182,10 @@ def write_megatron(
 def megatron_args(arch: Architecture, layout: Layout, dtype: torch.dtype) -> Namespace:
     """Return the arguments that Megatron stores with a checkpoint and compares when it loads one."""
     scaling = arch.rope_scaling or {}
+    placement = layout.placement(arch)
+    each = [len(placement.chunk_slots(stage)) for stage in range(layout.pp)]
     return Namespace(
-        num_layers=arch.num_layers,
+        num_layers=placement.slots,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size,
         num_attention_heads=arch.num_heads,
@@ -200,7 +217,10 @@ def megatron_args(arch: Architecture, layout: Layout, dtype: torch.dtype) -> Nam
         padded_vocab_size=layout.padded_vocab(arch),
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=None,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        num_layers_per_virtual_pipeline_stage=each[0] if layout.vpp > 1 else None,
+        num_layer_list=None if placement.even else each,
+        noop_layers=set(layout.noop_layers) or None,
         context_parallel_size=1,
         expert_model_parallel_size=1,
         params_dtype=dtype,
@@ -217,7 +237,7 @@ def megatron_args(arch: Architecture, layout: Layout, dtype: torch.dtype) -> Nam
 class MegatronTensors(PackedTensors):
     """The tensors of an `iter_*` folder of any tensor- and pipeline-parallel size. The files are mapped, not loaded.
 
-    A stage may hold any number of layers: they are counted in the files.
+    A chunk may hold any number of layers, and noop layers between them: they are counted in the files.
     """
 
     def __init__(self, folder: Path, family: Family, arch: Architecture) -> None:
@@ -228,25 +248,37 @@ class MegatronTensors(PackedTensors):
         self.tp, self.pp = _sizes(folder, files, self.args)
         self._shards: dict[str, dict[int, Tensor]] = {}  # row name -> tensor-parallel rank -> what it stores
         self._files: dict[str, Path] = {}  # row name -> the file that its first shard is in
+        models = {rank: _models(path, documents[rank]) for rank, path in files.items()}
+        counts = {len(chunks) for chunks in models.values()}
+        if len(counts) > 1:
+            raise InputError(
+                f"{folder}: its files hold {min(counts)} to {max(counts)} chunks (model0, ...); copy it again"
+            )
+        self.vpp = counts.pop()
         layers = 0
-        for stage in range(self.pp):
-            count = 0
-            for tp_rank in range(self.tp):
-                path = files[tp_rank, stage]
-                weights = _weights(path, documents[tp_rank, stage])
-                count = max([count, *(int(match[1]) + 1 for key in weights if (match := _LAYER.fullmatch(key)))])
-                for key, tensor in weights.items():
-                    name = _global_name(key, layers)
-                    if stage > 0 and (name == _EMBEDDING or (name == _OUTPUT and arch.tied)):
-                        continue  # the last stage's copy of the embedding
-                    self._shards.setdefault(name, {})[tp_rank] = tensor
-                    self._files.setdefault(name, path)
-            layers += count
+        self.held: dict[tuple[int, int], tuple[int | None, ...]] = {}  # (stage, chunk) -> what lies at each place
+        for chunk in range(self.vpp):  # the model runs through chunk 0 of every stage, then through chunk 1 ...
+            for stage in range(self.pp):
+                parts = {tp_rank: models[tp_rank, stage][chunk] for tp_rank in range(self.tp)}
+                found = {int(match[1]) for part in parts.values() for key in part if (match := _LAYER.fullmatch(key))}
+                places = {local: layers + i for i, local in enumerate(sorted(found))}
+                for tp_rank, part in parts.items():
+                    for key, tensor in part.items():
+                        name = _global_name(key, places)
+                        if (stage, chunk) != (0, 0) and (name == _EMBEDDING or (name == _OUTPUT and arch.tied)):
+                            continue  # the last stage's copy of the embedding
+                        self._shards.setdefault(name, {})[tp_rank] = tensor
+                        self._files.setdefault(name, files[tp_rank, stage])
+                self.held[stage, chunk] = tuple(places.get(local) for local in range(max(found, default=-1) + 1))
+                layers += len(found)
         if layers != arch.num_layers:
             raise InputError(
                 f"{folder}: holds {layers} layers where config.json says num_hidden_layers={arch.num_layers}"
             )
         self._check(folder)
+        said = _said_placement(self.args, arch, pp=self.pp, vpp=self.vpp)
+        if said is not None and all(_real(said.held(*place)) == _real(held) for place, held in self.held.items()):
+            self.held = {place: said.held(*place) for place in self.held}  # the files do not show noop layers at an end
 
     def packed(self, placed: Placed) -> Tensor:
         shards = [self._shards[placed.megatron][tp_rank] for tp_rank in range(self.tp)]
@@ -338,23 +370,46 @@ def _sizes(folder: Path, files: dict[tuple[int, int], Path], args: Namespace) ->
     return tp, pp
 
 
-def _weights(path: Path, document: Any) -> dict[str, Tensor]:
-    """Return the weights in one rank's file, under the names of its own stage."""
-    model = document.get("model") if isinstance(document, dict) else None
-    if not isinstance(model, dict):
-        virtual = isinstance(document, dict) and "model0" in document
-        raise InputError(
-            f"{path}: "
-            + ("has virtual pipeline chunks, which this version does not read" if virtual else "holds no model")
+def _models(path: Path, document: Any) -> list[dict[str, Tensor]]:
+    """Return the weights in one rank's file, chunk by chunk, under the names of the chunk."""
+    stored = document if isinstance(document, dict) else {}
+    keys = ["model"]
+    if "model0" in stored:
+        keys = [f"model{chunk}" for chunk in range(sum(bool(re.fullmatch(r"model\d+", str(key))) for key in stored))]
+    models = []
+    for key in keys:
+        model = stored.get(key)
+        if not isinstance(model, dict):
+            raise InputError(f"{path}: holds no {key}; copy it again")
+        if "language_model" in model:
+            raise InputError(f"{path}: has Megatron's legacy key names, which this version does not read")
+        models.append(
+            {
+                name: value
+                for name, value in model.items()
+                if isinstance(value, Tensor) and not _NOT_WEIGHTS.fullmatch(name)
+            }
         )
-    if "language_model" in model:
-        raise InputError(f"{path}: has Megatron's legacy key names, which this version does not read")
-    return {key: value for key, value in model.items() if isinstance(value, Tensor) and not _NOT_WEIGHTS.fullmatch(key)}
+    return models
 
 
-def _global_name(key: str, first_layer: int) -> str:
-    """Return the name of a row, with layers counted over the whole model, from the key in a stage's file."""
+def _global_name(key: str, places: dict[int, int]) -> str:
+    """Return the name of a row, with layers counted over the whole model, from the key in a chunk."""
     match = _LAYER.fullmatch(key)
     if match is None:
         return key
-    return f"decoder.layers.{first_layer + int(match[1])}.{_FUSED.get(match[2], match[2])}"
+    return f"decoder.layers.{places[int(match[1])]}.{_FUSED.get(match[2], match[2])}"
+
+
+def _said_placement(args: Namespace, arch: Architecture, *, pp: int, vpp: int) -> Placement | None:
+    """Return the placement with the noop layers that the stored arguments name; None where they name none that fit."""
+    said = getattr(args, "noop_layers", None)
+    numbers = said.split(",") if isinstance(said, str) else said if isinstance(said, set | list | tuple) else ()
+    if not numbers or not all(str(number).strip().isdigit() for number in numbers):
+        return None
+    placement = Placement(num_layers=arch.num_layers, pp=pp, vpp=vpp, noop_layers=tuple(sorted(map(int, numbers))))
+    return None if placement.problems(command_option) else placement
+
+
+def _real(held: tuple[int | None, ...]) -> list[int]:
+    return [layer for layer in held if layer is not None]

@@ -81,7 +81,9 @@ def transformer_config(
         "calculate_per_token_loss": True,  # the loss is a mean over the tokens of the global batch
         "variable_seq_lengths": False,
         "moe_token_dispatcher_type": "alltoall",  # the other one refuses variable lengths, experts or not
-        "deallocate_pipeline_outputs": True,
+        # Between chunks Megatron frees an output before it has waited for its send. Streams keep the memory until then;
+        # on the host it would be overwritten while it is being sent.
+        "deallocate_pipeline_outputs": parallel.vpp == 1 or not on_host,
         # fused paths that need apex or Transformer Engine
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from mindspeed_core import launch, megatron
 from mindspeed_core.device import Device
 from mindspeed_core.errors import InputError
+from mindspeed_core.parallel.pipeline import Placement
 from mindspeed_core.recipe import Section
 
 
@@ -24,17 +25,17 @@ class ParallelConfig(Section):
     sp: bool = False  # sequence: norms and residuals are cut over the tp ranks too
     collective_matmul: Literal["none", "coc", "mc2"] = "none"  # products and collectives of tp: apart, in pieces, fused
     coc_chunks: Literal[1, 2, 4, 8] = 4  # the pieces of coc
+    vpp: int = Field(1, ge=1)  # chunks of layers per stage: a smaller bubble for more messages
+    layers_per_stage: tuple[int, ...] | None = None  # by default as equal as can be, the first ones one more
+    noop_layers: tuple[int, ...] = ()  # places that compute nothing, counted from 0 with the layers
     # Names the recipe format reserves; this version takes each only as it stands.
-    vpp: int = 1
     cp: int = 1
     cp_algorithm: Literal["ring"] = "ring"
     ulysses: int = 1
     ep: int = 1
     etp: int = 1
-    layers_per_stage: None = None
-    noop_layers: tuple[()] = ()
 
-    @field_validator("vpp", "cp", "ulysses", "ep", "etp")
+    @field_validator("cp", "ulysses", "ep", "etp")
     @classmethod
     def _not_yet(cls, value: int) -> int:
         if value != 1:
@@ -45,6 +46,16 @@ class ParallelConfig(Section):
     def model_ranks(self) -> int:
         """How many ranks hold one copy of the model."""
         return self.tp * self.pp * self.cp
+
+    def placement(self, num_layers: int) -> Placement:
+        """Return where the layers of a model lie."""
+        return Placement(
+            num_layers=num_layers,
+            pp=self.pp,
+            vpp=self.vpp,
+            layers_per_stage=self.layers_per_stage,
+            noop_layers=tuple(sorted(self.noop_layers)),
+        )
 
     def world_size(self, device_count: int = 1) -> int:
         """Return how many ranks to start: dp as asked, else as many copies as the devices leave room for."""
@@ -110,6 +121,7 @@ class Mesh:
         parallel_state.initialize_model_parallel(
             config.tp,
             config.pp,
+            config.vpp if config.vpp > 1 else None,
             context_parallel_size=config.cp,
             expert_model_parallel_size=config.ep,
             distributed_timeout_minutes=max(1, round(timeout / 60)),
