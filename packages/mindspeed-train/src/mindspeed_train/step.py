@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_core.parallel.mesh import Mesh
+from mindspeed_core.parallel.pipeline import micro_batch_group
 from mindspeed_data.batches import Batch
 
 Forward = Callable[[Any, Batch], Tensor]
@@ -49,10 +50,13 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
         return forward(model, batch), partial(_loss, batch)
 
     rows, length = micro_batches[0]["tokens"].shape
+    chunked = len(chunks) > 1
+    micro_batches = _filled(micro_batches, micro_batch_group(mesh.pp.size, len(chunks)))
     with torch.set_grad_enabled(train):
-        reports = get_forward_backward_func(mesh.pp.size, None)(
+        reports = get_forward_backward_func(mesh.pp.size, len(chunks) if chunked else None)(
             forward_step_func=step,
-            data_iterator=iter(micro_batches),
+            # every chunk of a stage goes through the same micro batches
+            data_iterator=[iter(micro_batches) for _ in chunks] if chunked else iter(micro_batches),
             model=chunks,
             num_microbatches=len(micro_batches),
             seq_length=length,
@@ -60,6 +64,13 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
             forward_only=not train,
         )
     return _everywhere(reports, mesh)
+
+
+def _filled(micro_batches: Sequence[Batch], multiple: int) -> Sequence[Batch]:
+    """Return as many micro batches as the schedule takes; those added, at the end of an evaluation, weigh nothing."""
+    last = micro_batches[-1]
+    nothing = {**last, "weights": torch.zeros_like(last["weights"])}
+    return [*micro_batches, *[nothing] * (-len(micro_batches) % multiple)]
 
 
 def _loss(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,8 @@ from mindspeed_core.kernels import Kernels, matmul_collective, select
 from mindspeed_core.memory.config import MemoryConfig
 from mindspeed_core.models.family import Architecture, pad_vocab
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
-from mindspeed_core.parallel.pipeline import stage_layers
+from mindspeed_core.parallel.pipeline import Placement
+from mindspeed_core.parallel.split import recipe_key, split_problems
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,27 +23,13 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def check(arch: Architecture, parallel: ParallelConfig) -> list[str]:
     """Return what keeps a model of this architecture from being split so; one line per rule broken."""
-    tp, pp, problems = parallel.tp, parallel.pp, []
-    for name, size in (
-        ("num_attention_heads", arch.num_heads),
-        ("num_key_value_heads", arch.num_query_groups),
-        ("intermediate_size", arch.ffn_hidden_size),
-    ):
-        if size % tp:
-            problems.append(f"parallel.tp={tp} does not divide {name}={size}; use {_divisors(size)}")
-    if tp == 1 and parallel.collective_matmul != "none":
+    problems = split_problems(arch, tp=parallel.tp, placement=parallel.placement(arch.num_layers), name=recipe_key)
+    if parallel.tp == 1 and parallel.collective_matmul != "none":
         problems.append(
             f"parallel.collective_matmul={parallel.collective_matmul}: overlaps the collectives of tp and needs tp of at "
             "least 2; leave it out"
         )
-    if pp > arch.num_layers:
-        problems.append(f"parallel.pp={pp} is more stages than num_hidden_layers={arch.num_layers}; use fewer")
     return problems
-
-
-def _divisors(size: int) -> str:
-    found = [str(n) for n in range(1, size + 1) if size % n == 0]
-    return " or ".join(found[:6])
 
 
 def transformer_config(
@@ -92,15 +79,27 @@ def transformer_config(
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
-    if arch.num_layers % parallel.pp:
-        # Megatron divides evenly unless it is told what each stage holds
-        stages = [["decoder"] * len(stage_layers(arch.num_layers, parallel.pp, i)) for i in range(parallel.pp)]
-        stages[0].insert(0, "embedding")
-        stages[-1].append("loss")
-        fields["pipeline_model_parallel_layout"] = stages
+    if parallel.pp > 1:
+        fields["pipeline_model_parallel_layout"] = _megatron_layout(parallel.placement(arch.num_layers))
+    if parallel.vpp > 1:
+        fields |= {
+            "virtual_pipeline_model_parallel_size": parallel.vpp,
+            # With two stages a rank's neighbours before and behind are one and the same, and without overlap Megatron sends
+            # it activations and gradients in an order in which it does not expect them: the run goes on, and is wrong.
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about its own defaults for CUDA graphs
         return TransformerConfig(**{**fields, **more})
+
+
+def _megatron_layout(placement: Placement) -> list[list[str]]:
+    """Return what each chunk holds, in Megatron's words and order. It does not hear of noop layers: nothing is built for them."""
+    layout = [["decoder"] * len(placement.layers(stage, chunk)) for stage, chunk in placement.chunks]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 def build_model(
@@ -128,15 +127,22 @@ def build_model(
         mesh.config.collective_matmul, mesh.device.type, chunks=mesh.config.coc_chunks, product=kernels.matmul
     )
     kernels = dataclasses.replace(kernels, collectives=side)
-    model = LanguageModel(
-        config,
-        arch,
-        kernels,
-        layers=len(stage_layers(arch.num_layers, mesh.pp.size, mesh.pp.rank)),
-        padded_vocab=pad_vocab(arch.vocab_size, mesh.tp.size),
-        first=mesh.is_first_stage,
-        last=mesh.is_last_stage,
-        pg_collection=mesh.groups,
-    )
-    recompute.apply(model.decoder, memory.plan(len(model.decoder.layers)))
-    return [model.to(mesh.device.torch)]
+    placement, stage = mesh.config.placement(arch.num_layers), mesh.pp.rank
+    chunks = [
+        LanguageModel(
+            config,
+            arch,
+            kernels,
+            layers=placement.layers(stage, chunk),
+            padded_vocab=pad_vocab(arch.vocab_size, mesh.tp.size),
+            first=placement.is_first(stage, chunk),
+            last=placement.is_last(stage, chunk),
+            chunk=chunk if placement.vpp > 1 else None,
+            pg_collection=mesh.groups,
+        )
+        for chunk in range(placement.vpp)
+    ]
+    for place, chunk in enumerate(chunks):
+        layers = placement.layers(stage, place)
+        recompute.apply(chunk.decoder, memory.plan(len(layers), chunk=place, chunks=placement.vpp))
+    return [chunk.to(mesh.device.torch) for chunk in chunks]

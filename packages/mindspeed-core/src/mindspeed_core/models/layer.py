@@ -31,8 +31,8 @@ class SwiGLU(MegatronModule):
         return self.kernel(x)
 
 
-def block_spec(arch: Architecture, kernels: Kernels, layers: int) -> TransformerBlockSubmodules:
-    """Return the spec of a stage with that many layers."""
+def block_spec(arch: Architecture, kernels: Kernels, layers: range) -> TransformerBlockSubmodules:
+    """Return the spec of a stage with those layers, counted over the whole model from 0."""
     norm = ModuleSpec(RMSNorm, params={"kernels": kernels})
     layer = ModuleSpec(
         TransformerLayer,
@@ -52,4 +52,4 @@ def block_spec(arch: Architecture, kernels: Kernels, layers: int) -> Transformer
             mlp_bda=cast("type", get_bias_dropout_add),
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * len(layers), layer_norm=norm)

@@ -1,4 +1,4 @@
-"""The language model of one pipeline stage: embedding, decoder layers, output layer, each where it belongs."""
+"""The language model of one pipeline chunk: embedding, decoder layers, output layer, each where it belongs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from mindspeed_core.parallel.linear import ColumnLinear
 
 
 class LanguageModel(LanguageModule):
-    """The part of a decoder-only language model that one pipeline stage holds.
+    """The part of a decoder-only language model that one pipeline stage holds, or one chunk of a stage.
 
-    The first stage turns tokens into hidden states, the last one hidden states into logits or a loss; between stages
+    The first one turns tokens into hidden states, the last one hidden states into logits or a loss; between stages
     travel hidden states [s, b, h] (s/tp under sequence parallelism), put in by `set_input_tensor`.
     """
 
@@ -38,13 +38,15 @@ class LanguageModel(LanguageModule):
         arch: Architecture,
         kernels: Kernels,
         *,
-        layers: int,
+        layers: range,
         padded_vocab: int,
         first: bool,
         last: bool,
         pg_collection: Any,
+        chunk: int | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
+        self.vp_stage = chunk  # Megatron's name for which of its stage's chunks this is; None where there is one
         self.arch, self.kernels = arch, kernels
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.pre_process, self.post_process = first, last  # Megatron's schedules and tied embeddings read these names
@@ -62,6 +64,7 @@ class LanguageModel(LanguageModule):
             pre_process=first,
             post_process=last,
             pg_collection=pg_collection,
+            vp_stage=chunk,
         )
         if last:
             self.output_layer = ColumnLinear(
