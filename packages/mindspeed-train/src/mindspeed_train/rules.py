@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mindspeed_core.models import build
 from mindspeed_core.models.family import Architecture
+from mindspeed_core.parallel.context import length_problems
 from mindspeed_core.parallel.pipeline import micro_batch_group
 
 if TYPE_CHECKING:
@@ -114,8 +115,12 @@ def _positions_are_enough(case: Case) -> str | None:
 
 
 def _sequence_is_cut_evenly(case: Case) -> str | None:
-    tp = case.recipe.parallel.tp
-    if not case.recipe.parallel.sp or case.varies or case.length % tp == 0:
+    parallel, tp = case.recipe.parallel, case.recipe.parallel.tp
+    if case.varies:
+        return None
+    if parallel.cp > 1:
+        return "\n".join(length_problems(parallel, case.length)) or None
+    if not parallel.sp or case.length % tp == 0:
         return None
     return (
         f"parallel.sp cuts every sequence over tp={tp} ranks, which does not divide data.seq_length={case.length}; "
@@ -150,8 +155,11 @@ RULES: tuple[Rule, ...] = (
         fault=_one_validation_set,
     ),
     Rule(
-        keys=("parallel.tp", "parallel.pp"),
-        says="`tp` divides heads, key/value heads and feed-forward columns; there are no more stages than layers.",
+        keys=("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ulysses"),
+        says=(
+            "`tp` divides heads, key/value heads and feed-forward columns, Ulysses the heads that are left; there are no more "
+            "stages than layers."
+        ),
         fault=_ranks_divide_the_model,
         model=True,
     ),
@@ -162,8 +170,11 @@ RULES: tuple[Rule, ...] = (
         model=True,
     ),
     Rule(
-        keys=("parallel.sp", "data.seq_length"),
-        says="Under sequence parallelism `tp` divides the length of samples.",
+        keys=("parallel.sp", "parallel.cp", "data.seq_length"),
+        says=(
+            "The length of samples is a multiple of 2 `cp` in a ring, of `cp` under Ulysses; sequence parallelism cuts what "
+            "is left by `tp`."
+        ),
         fault=_sequence_is_cut_evenly,
         model=True,
     ),

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_core.parallel.context import ContextSplit
 from mindspeed_core.parallel.mesh import Mesh
 from mindspeed_core.parallel.pipeline import micro_batch_group
 from mindspeed_data.batches import Batch
@@ -44,10 +45,11 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     reports: list[Tensor] = []
+    context = ContextSplit.of(mesh)
 
     def step(iterator: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
         batch = {name: values.to(mesh.device.torch, non_blocking=True) for name, values in next(iterator).items()}
-        return forward(model, batch), partial(_loss, batch)
+        return forward(model, batch), partial(_loss, batch, context)
 
     rows, length = micro_batches[0]["tokens"].shape
     chunked = len(chunks) > 1
@@ -73,17 +75,21 @@ def _filled(micro_batches: Sequence[Batch], multiple: int) -> Sequence[Batch]:
     return [*micro_batches, *[nothing] * (-len(micro_batches) % multiple)]
 
 
-def _loss(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's triple: what to differentiate, the number of tokens to divide by in the end, what to report."""
-    tokens = batch["weights"].sum()
-    positions = torch.tensor(float(batch["tokens"].numel()), device=output.device)
+def _loss(batch: Batch, context: ContextSplit | None, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's triple: what to differentiate, the number of tokens to divide by in the end, what to report.
+
+    Ranks that share sequences count their own positions, as they do in the loss.
+    """
+    weights = batch["weights"] if context is None else context.share(batch["weights"])
+    tokens = weights.sum()
+    positions = torch.tensor(float(weights.numel()), device=output.device)
     return output, tokens.int(), torch.stack([output.detach().float(), tokens, positions])
 
 
 def _everywhere(reports: list[Tensor], mesh: Mesh) -> Loss:
-    """Sum the reports of all micro batches over all ranks; each micro batch is counted on one rank of its copy."""
+    """Sum the reports of all micro batches over all ranks; each position is counted on one rank of its copy."""
     total = torch.zeros(3, device=mesh.device.torch)
-    if mesh.is_last_stage and mesh.tp.rank == 0 and mesh.cp.rank == 0:
+    if mesh.is_last_stage and mesh.tp.rank == 0:
         total = torch.stack(reports).sum(0)
     dist.all_reduce(total)
     loss, tokens, positions = total.tolist()

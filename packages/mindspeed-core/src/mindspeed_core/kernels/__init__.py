@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mindspeed_core.device import Device
 from mindspeed_core.errors import InputError
-from mindspeed_core.kernels import attention, cross_entropy, matmul, rms_norm, rotary, swiglu
+from mindspeed_core.kernels import attention, attention_block, cross_entropy, matmul, rms_norm, rotary, swiglu
 from mindspeed_core.kernels.matmul_collective import Collectives
 from mindspeed_core.recipe import Section
 
@@ -38,6 +38,7 @@ class Kernels:
     """One callable per operator, chosen once; modules keep the callable they need."""
 
     attention: Callable[..., Tensor]
+    attention_block: attention_block.Block  # attention to a part of the keys, for a ring of ranks
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -54,6 +55,13 @@ SIDES: dict[str, dict[str, Callable[..., Tensor]]] = {
     "matmul": {"reference": matmul.native, "cpu": matmul.cpu},
 }
 
+ATTENTION_BLOCKS = {  # chosen with `attention`
+    "reference": attention_block.reference,
+    "cpu": attention_block.blocked,
+    "cuda": attention_block.blocked,
+    "npu": attention_block.npu,
+}
+
 
 def select(device: Device, config: KernelConfig | None = None) -> Kernels:
     """Return the kernels for `device`."""
@@ -66,7 +74,8 @@ def select(device: Device, config: KernelConfig | None = None) -> Kernels:
         chosen[name] = sides[
             "reference" if choice == "reference" else device.type if device.type in sides else "reference"
         ]
-    return Kernels(**chosen, cross_entropy_chunk=config.cross_entropy_chunk)
+    side = "reference" if config.attention == "reference" else device.type
+    return Kernels(**chosen, attention_block=ATTENTION_BLOCKS[side], cross_entropy_chunk=config.cross_entropy_chunk)
 
 
 __all__ = ["Choice", "KernelConfig", "Kernels", "cross_entropy", "select"]

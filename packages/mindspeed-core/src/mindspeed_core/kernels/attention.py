@@ -2,7 +2,7 @@
 
 Layouts: q [s, b, n, d]; k, v [t, b, g, d] with g dividing n; result [s, b, n, d]. `mask` is boolean [b or 1, 1, s, t],
 True where a query may see a key, at least one key per query; without it attention is causal, the queries being the last
-s of the t positions.
+s of the t positions. With `segments` several documents share a row and each is causal for itself; then s = t.
 """
 
 from __future__ import annotations
@@ -15,11 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_core.kernels import matmul
+from mindspeed_core.kernels.segments import Segments
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    segments: Segments | None = None,
+) -> Tensor:
     """Attention by torch's own fused paths (flash on CPU and CUDA)."""
     s, t = q.shape[0], k.shape[0]
+    if segments is not None:
+        assert mask is None, "a mask holds its documents itself"
+        mask = segments.mask(q.device, causal=True)
     if mask is None and 1 < s < t:
         mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)[None, None]
     out = F.scaled_dot_product_attention(
@@ -36,17 +48,36 @@ BLOCKS = 4  # of query rows: more skip more of the empty triangle, fewer make la
 LONGEST = 512  # the probabilities kept for the backward pass grow with the square of the length
 
 
-def cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+def cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    segments: Segments | None = None,
+) -> Tensor:
     """Attention on a CPU: in blocks of rows while a sequence is short, torch's flash attention beyond.
 
     torch's CPU kernel recomputes the probabilities in the backward pass, which pays only for long sequences.
     """
+    if segments is not None:
+        return _each(q, k, v, scale, segments)
     s, t = q.shape[0], k.shape[0]
     if mask is None and s == t and BLOCKS <= s <= LONGEST:
         if matmul.widens() and q.dtype != torch.float32 and q.dtype != torch.float64:
             return _Blocked.apply(q.float(), k.float(), v.float(), scale).to(q.dtype)
         return _Blocked.apply(q, k, v, scale)
     return reference(q, k, v, scale=scale, mask=mask)
+
+
+def _each(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+    """Attention document by document: the work falls with the square of their lengths."""
+    rows = []
+    for row, lengths in zip(zip(*(x.split(1, 1) for x in (q, k, v)), strict=True), segments.lengths, strict=True):
+        documents = zip(*(x.split(lengths) for x in row), strict=True)
+        rows.append(torch.cat([cpu(*document, scale=scale) for document in documents]))
+    return torch.cat(rows, 1)
 
 
 class _Blocked(torch.autograd.Function):
@@ -59,10 +90,10 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         s, b, n, d = q.shape
-        g = k.shape[2]
+        g, width = k.shape[2], v.shape[3]  # values may be narrower than keys
         queries = q.permute(1, 2, 0, 3).reshape(b * g, n // g, s, d)
-        keys, values = (x.permute(1, 2, 0, 3).reshape(b * g, s, d) for x in (k, v))
-        out = torch.empty_like(queries)
+        keys, values = (x.permute(1, 2, 0, 3).reshape(b * g, s, -1) for x in (k, v))
+        out = queries.new_empty(b * g, n // g, s, width)
         kept = []
         for start, stop in _spans(s):
             rows = queries[:, :, start:stop].reshape(b * g, -1, d)
@@ -70,28 +101,28 @@ class _Blocked(torch.autograd.Function):
             corner = scores.view(b * g, n // g, stop - start, stop)[..., start:]
             corner.masked_fill_(_upper(stop - start, q.device), float("-inf"))
             probabilities = scores.softmax(-1)
-            out[:, :, start:stop] = torch.bmm(probabilities, values[:, :stop]).view(b * g, n // g, -1, d)
+            out[:, :, start:stop] = torch.bmm(probabilities, values[:, :stop]).view(b * g, n // g, -1, width)
             kept.append(probabilities)
-        ctx.scale, ctx.shape = scale, (s, b, n, g, d)
+        ctx.scale, ctx.shape = scale, (s, b, n, g)
         ctx.save_for_backward(queries, keys, values, *kept)
-        return out.view(b, n, s, d).permute(2, 0, 1, 3)
+        return out.view(b, n, s, width).permute(2, 0, 1, 3)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         queries, keys, values, *kept = ctx.saved_tensors
-        s, b, n, g, d = ctx.shape
-        grad = grad.permute(1, 2, 0, 3).reshape(b * g, n // g, s, d)
+        s, b, n, g = ctx.shape
+        grad = grad.permute(1, 2, 0, 3).reshape(b * g, n // g, s, -1)
         grad_queries = torch.empty_like(queries)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         for (start, stop), probabilities in zip(_spans(s), kept, strict=True):
-            rows, mine = (x[:, :, start:stop].reshape(b * g, -1, d) for x in (queries, grad))
+            rows, mine = (x[:, :, start:stop].flatten(1, 2) for x in (queries, grad))
             grad_values[:, :stop] += torch.bmm(probabilities.transpose(1, 2), mine)
             inner = torch.bmm(mine, values[:, :stop].transpose(1, 2))
             # the softmax's own backward: p * (x - sum(p * x)), then the scale of the scores
             inner = torch._softmax_backward_data(inner, probabilities, -1, probabilities.dtype).mul_(ctx.scale)
-            grad_queries[:, :, start:stop] = torch.bmm(inner, keys[:, :stop]).view(b * g, n // g, -1, d)
+            grad_queries[:, :, start:stop] = torch.bmm(inner, keys[:, :stop]).unflatten(1, (n // g, -1))
             grad_keys[:, :stop] += torch.bmm(inner.transpose(1, 2), rows)
-        back = (x.view(b, -1, s, d).permute(2, 0, 1, 3) for x in (grad_queries, grad_keys, grad_values))
+        back = (x.view(b, -1, s, x.shape[-1]).permute(2, 0, 1, 3) for x in (grad_queries, grad_keys, grad_values))
         return (*back, None)
 
 
@@ -105,15 +136,25 @@ def _upper(size: int, device: torch.device) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
 
 
-def npu(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+def npu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    segments: Segments | None = None,
+) -> Tensor:
     """Attention by `npu_fusion_attention` in layout SBH; its masks are True where a key is hidden."""
+    if segments is not None:
+        return _npu_documents(q, k, v, scale, segments)
     s, t = q.shape[0], k.shape[0]
     if mask is not None:
         hidden, sparse_mode = ~mask.expand(q.shape[1], 1, s, t), 0
     elif s == 1:
         hidden, sparse_mode = None, 0
     else:
-        hidden, sparse_mode = _triangle(q.device), 3  # causal, the corner at the last query and the last key
+        hidden, sparse_mode = triangle(q.device), 3  # causal, the corner at the last query and the last key
     out = torch.ops.npu.npu_fusion_attention(
         *(x.flatten(2) for x in (q, k, v)),
         q.shape[2],
@@ -125,7 +166,24 @@ def npu(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = 
     return out.unflatten(2, q.shape[2:])
 
 
+def _npu_documents(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+    """The documents of all rows one after another, in layout TND: row 0 first, in the order of `segments`."""
+    s, b, n, _ = q.shape
+    ends = [span.row * s + span.last_query for span in segments.spans]
+    out = torch.ops.npu.npu_fusion_attention(
+        *(x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)),
+        n,
+        "TND",
+        atten_mask=triangle(q.device),
+        scale=scale,
+        sparse_mode=3,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+    )[0]
+    return out.unflatten(0, (b, s)).transpose(0, 1)
+
+
 @cache
-def _triangle(device: torch.device) -> Tensor:
+def triangle(device: torch.device) -> Tensor:
     # the compressed causal mask every sparse mode but 0 wants, whatever the lengths
     return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)

@@ -11,8 +11,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mindspeed_core.kernels import Kernels
+from mindspeed_core.kernels.segments import Segments
 from mindspeed_core.models.family import Architecture
 from mindspeed_core.models.norm import RMSNorm
+from mindspeed_core.parallel.context import ContextPlan
 from mindspeed_core.parallel.linear import ColumnLinear, RowLinear
 
 
@@ -60,6 +62,14 @@ class AttentionPlan:
     sin: Tensor
     mask: Tensor | None = None  # bool [b or 1, 1, s, t], True where a query sees a key; None: causal
     cache: Cache | None = None
+    segments: Segments | None = None  # the documents of each row; each is causal for itself
+    context: ContextPlan | None = None  # how sequences cut over ranks are attended; it holds mask and segments then
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, kernels: Kernels) -> Tensor:
+        """Return attention [s, b, n, e] of q [s, b, n, d] to k [t, b, g, d] and v [t, b, g, e], by the rules of this pass."""
+        if self.context is not None:
+            return self.context.attention(q, k, v, scale=scale, kernels=kernels)
+        return kernels.attention(q, k, v, scale=scale, mask=self.mask, segments=self.segments)
 
 
 class SelfAttention(MegatronModule):
@@ -116,5 +126,5 @@ class SelfAttention(MegatronModule):
         k = self.kernels.rotary(k, plan.cos, plan.sin)
         if plan.cache is not None:
             k, v = plan.cache.extend(self.layer_number, k, v)
-        out = self.kernels.attention(q, k, v, scale=arch.head_dim**-0.5, mask=plan.mask)
+        out = plan.attention(q, k, v, scale=arch.head_dim**-0.5, kernels=self.kernels)
         return self.linear_proj(out.flatten(2))[0], None

@@ -13,6 +13,7 @@ from mindspeed_core.errors import InputError
 from mindspeed_core.kernels import Kernels, matmul_collective, select
 from mindspeed_core.memory.config import MemoryConfig
 from mindspeed_core.models.family import Architecture, pad_vocab
+from mindspeed_core.parallel.context import ContextSplit, head_problems
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 from mindspeed_core.parallel.pipeline import Placement
 from mindspeed_core.parallel.split import recipe_key, split_problems
@@ -29,7 +30,7 @@ def check(arch: Architecture, parallel: ParallelConfig) -> list[str]:
             f"parallel.collective_matmul={parallel.collective_matmul}: overlaps the collectives of tp and needs tp of at "
             "least 2; leave it out"
         )
-    return problems
+    return problems + head_problems(parallel, arch.num_heads)
 
 
 def transformer_config(
@@ -139,6 +140,7 @@ def build_model(
             last=placement.is_last(stage, chunk),
             chunk=chunk if placement.vpp > 1 else None,
             pg_collection=mesh.groups,
+            context=ContextSplit.of(mesh),
         )
         for chunk in range(placement.vpp)
     ]

@@ -17,11 +17,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mindspeed_core.kernels import Kernels, cross_entropy, matmul
+from mindspeed_core.kernels.segments import Segments
 from mindspeed_core.memory.recompute import Block
 from mindspeed_core.models import rope
 from mindspeed_core.models.attention import AttentionPlan, Cache
 from mindspeed_core.models.family import Architecture
 from mindspeed_core.models.layer import block_spec
+from mindspeed_core.parallel.context import ContextSplit
 from mindspeed_core.parallel.linear import ColumnLinear
 
 
@@ -44,10 +46,11 @@ class LanguageModel(LanguageModule):
         last: bool,
         pg_collection: Any,
         chunk: int | None = None,
+        context: ContextSplit | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.vp_stage = chunk  # Megatron's name for which of its stage's chunks this is; None where there is one
-        self.arch, self.kernels = arch, kernels
+        self.arch, self.kernels, self.context = arch, kernels, context
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.pre_process, self.post_process = first, last  # Megatron's schedules and tied embeddings read these names
         self.share_embeddings_and_output_weights = arch.tied
@@ -95,8 +98,11 @@ class LanguageModel(LanguageModule):
         cache: Cache | None = None,
         labels: Tensor | None = None,
         weights: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Run this stage.
+
+        Under context parallelism every tensor comes whole to all ranks of a sequence; s of the result is this rank's share.
 
         Args:
             tokens: [b, s]; every stage needs their shape, the first one their values.
@@ -105,17 +111,20 @@ class LanguageModel(LanguageModule):
             cache: past keys and values, which this pass extends by s positions.
             labels: [b, s], already shifted.
             weights: [b, s] fp32, the weight of each token's loss; 0 leaves a token out.
+            segments: [b, s] integers, which document of its row a token belongs to; documents do not see one another.
 
         Returns:
             Before the last stage hidden states [s, b, h]. On the last one, with labels, the fp32 sum over all tokens of
             weight * cross entropy; without, this rank's columns of the logits [b, s, padded_vocab / tp].
         """
-        hidden = self.hidden_states(tokens, positions=positions, mask=mask, cache=cache)
+        hidden = self.hidden_states(tokens, positions=positions, mask=mask, cache=cache, segments=segments)
         if not self.post_process:
             return hidden
         if labels is None:
             return self.logits(hidden).transpose(0, 1)
         assert weights is not None, "labels need the weight of each token"
+        if self.context is not None:
+            labels, weights = self.context.share(labels), self.context.share(weights)
         # every rank of the tensor-parallel group sees all positions and makes its share of their gradient
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
@@ -140,13 +149,21 @@ class LanguageModel(LanguageModule):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Return the hidden states [s, b, h] that this stage's layers make; the arguments are those of `forward`."""
         if positions is None:
             past = 0 if cache is None else cache.length
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        if self.context is not None:
+            assert cache is None, "a cache holds whole sequences"
+            across = self.context.plan(tokens.shape[1], mask=mask, segments=segments)
+            tokens, positions = self.context.share(tokens), self.context.share(positions)
         cos, sin = rope.angles(positions, self.rope_inverse, self.rope_factor, self.config.params_dtype)
-        plan = AttentionPlan(cos, sin, mask, cache)
+        if self.context is not None:
+            plan = AttentionPlan(cos, sin, context=across)
+        else:
+            plan = AttentionPlan(cos, sin, mask, cache, None if segments is None else Segments.of(segments))
         hidden = self.embedding(tokens, positions) if self.pre_process else None
         out: Any = self.decoder(hidden, attention_mask=None, packed_seq_params=plan)
         return out

@@ -6,8 +6,9 @@ import datetime
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch.distributed as dist
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mindspeed_core import launch, megatron
 from mindspeed_core.device import Device
@@ -28,19 +29,39 @@ class ParallelConfig(Section):
     vpp: int = Field(1, ge=1)  # chunks of layers per stage: a smaller bubble for more messages
     layers_per_stage: tuple[int, ...] | None = None  # by default as equal as can be, the first ones one more
     noop_layers: tuple[int, ...] = ()  # places that compute nothing, counted from 0 with the layers
+    cp: int = Field(1, ge=1)  # context: every sequence is cut over cp ranks
+    # keys go round; heads are dealt; heads are dealt within and keys go round between
+    cp_algorithm: Literal["ring", "ulysses", "hybrid"] = "ring"
+    ulysses: int = Field(1, ge=1)  # of a hybrid: how many of the cp ranks deal heads; the ring has cp / ulysses places
+    cp_window: int = Field(1, ge=1)  # ranks of an inner ring; 1: a single ring
+    cp_overlap: bool = False  # a second group, so that sending never waits for receiving
     # Names the recipe format reserves; this version takes each only as it stands.
-    cp: int = 1
-    cp_algorithm: Literal["ring"] = "ring"
-    ulysses: int = 1
     ep: int = 1
     etp: int = 1
 
-    @field_validator("cp", "ulysses", "ep", "etp")
+    @field_validator("ep", "etp")
     @classmethod
     def _not_yet(cls, value: int) -> int:
         if value != 1:
             raise ValueError("this version does not split a model that way yet; use 1")
         return value
+
+    @model_validator(mode="after")
+    def _context_agrees(self) -> ParallelConfig:
+        problems = context_problems(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def ulysses_size(self) -> int:
+        """How many ranks deal the heads of a sequence among them."""
+        return {"ring": 1, "ulysses": self.cp, "hybrid": self.ulysses}[self.cp_algorithm]
+
+    @property
+    def ring_size(self) -> int:
+        """How many places the keys of a sequence go round."""
+        return self.cp // self.ulysses_size
 
     @property
     def model_ranks(self) -> int:
@@ -76,6 +97,32 @@ class ParallelConfig(Section):
             )
 
 
+def context_problems(config: ParallelConfig) -> list[str]:
+    """Return what is wrong with the keys that cut sequences."""
+    cp, ulysses, window = config.cp, config.ulysses, config.cp_window
+    problems = []
+    if config.cp_algorithm != "hybrid" and ulysses != 1:
+        problems.append(
+            f"parallel.ulysses={ulysses}: is for parallel.cp_algorithm=hybrid, not {config.cp_algorithm}; leave it out"
+        )
+    if config.cp_algorithm == "hybrid" and (cp % ulysses or not 1 < ulysses < cp):
+        fitting = [str(n) for n in range(2, cp) if cp % n == 0]
+        problems.append(
+            f"parallel.ulysses={ulysses} does not divide parallel.cp={cp} into a ring of at least 2; "
+            + (f"use {' or '.join(fitting)}" if fitting else "use cp_algorithm ring or ulysses, or cp=4")
+        )
+    if problems:
+        return problems
+    if config.ring_size % window:
+        fitting = [str(n) for n in range(1, config.ring_size + 1) if config.ring_size % n == 0]
+        problems.append(
+            f"parallel.cp_window={window} does not divide the ring of {config.ring_size}; use {' or '.join(fitting)}"
+        )
+    if config.cp_overlap and config.ring_size == 1:
+        problems.append("parallel.cp_overlap: is for a ring of at least 2 ranks; leave it out, or set parallel.cp")
+    return problems
+
+
 @dataclass(frozen=True)
 class Axis:
     """One axis of the mesh as this rank sees it."""
@@ -91,6 +138,8 @@ class Mesh:
     tp=2 pp=2 dp=2       dp 0      dp 1
       stage 0          [0, 1]    [2, 3]
       stage 1          [4, 5]    [6, 7]
+
+    The cp ranks of a hybrid form a grid: neighbours deal heads (`ulysses`), those `ulysses` apart form a ring (`ring`).
     """
 
     def __init__(self, config: ParallelConfig, device: Device, groups: Any, axes: dict[str, Axis], owner: bool) -> None:
@@ -98,6 +147,8 @@ class Mesh:
         self.device = device
         self.groups = groups  # megatron's ProcessGroupCollection
         self.tp, self.pp, self.dp, self.cp = (axes[name] for name in ("tp", "pp", "dp", "cp"))
+        self.ring, self.ulysses = axes["ring"], axes["ulysses"]  # what cp is made of: cp = ring x ulysses
+        self.second_ring = axes["second ring"].group if config.cp_overlap else None
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._owner = owner
@@ -134,6 +185,7 @@ class Mesh:
             name: Axis(group.size(), group.rank(), group)
             for name, group in (("tp", groups.tp), ("pp", groups.pp), ("dp", groups.dp), ("cp", groups.cp))
         }
+        axes |= _context_axes(config, axes["cp"], timeout)
         return cls(config, device, groups, axes, owner)
 
     @property
@@ -158,3 +210,22 @@ class Mesh:
         parallel_state.destroy_model_parallel()
         if self._owner and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _context_axes(config: ParallelConfig, cp: Axis, timeout: float) -> dict[str, Axis]:
+    """Form the axes that cp is made of. Where one of them is all of cp, its group serves."""
+    ring, ulysses, limit = config.ring_size, config.ulysses_size, datetime.timedelta(seconds=timeout)
+    grid = np.arange(dist.get_world_size()).reshape(-1, ring, ulysses, config.tp)  # ranks, in the order of the mesh
+
+    def axis(size: int, rank: int, dimension: int, *, own: bool = False) -> Axis:
+        if size == cp.size and not own:
+            return cp
+        rows = np.moveaxis(grid, dimension, -1).reshape(-1, size).tolist()
+        group: Any = dist.new_subgroups_by_enumeration(rows, timeout=limit)[0]
+        return Axis(size, rank, group)
+
+    place, part = divmod(cp.rank, ulysses)
+    axes = {"ring": axis(ring, place, 1), "ulysses": axis(ulysses, part, 2)}
+    if config.cp_overlap:
+        axes["second ring"] = axis(ring, place, 1, own=True)
+    return axes

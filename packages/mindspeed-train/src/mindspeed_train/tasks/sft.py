@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from mindspeed_core.errors import InputError
+from mindspeed_core.parallel.context import length_multiple
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.batches import Collate, pad
 from mindspeed_data.instruction import InstructionSamples
@@ -28,7 +29,7 @@ def _datasets(recipe: Recipe, model: Model) -> tuple[Samples, Samples | None]:
 
 
 def _collate(recipe: Recipe, model: Model) -> Collate:
-    multiple = math.lcm(MULTIPLE, recipe.parallel.tp) if recipe.parallel.sp else MULTIPLE
+    multiple = math.lcm(MULTIPLE, length_multiple(recipe.parallel))
     return pad(Tokenizer.load(model.tokenizer).padding, multiple=multiple)
 
 
