@@ -29,7 +29,7 @@ class MemoryConfig(Section):
     recompute_in_advance: bool = False  # recompute a chunk's layers before waiting for their gradient
     swap_attention: bool = False  # keep what attention saves on the host until its layer's turn comes
 
-    @field_validator("recompute_in_advance", "swap_attention")
+    @field_validator("recompute_in_advance")
     @classmethod
     def _not_yet(cls, value: bool) -> bool:
         if value:

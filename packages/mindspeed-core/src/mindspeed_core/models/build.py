@@ -116,7 +116,7 @@ def build_model(
     problems = check(arch, mesh.config)
     if problems:
         raise InputError("\n".join(problems))
-    from mindspeed_core.memory import recompute
+    from mindspeed_core.memory import recompute, swap
     from mindspeed_core.models.model import LanguageModel
 
     memory = memory or MemoryConfig()
@@ -145,6 +145,7 @@ def build_model(
         for chunk in range(placement.vpp)
     ]
     for place, chunk in enumerate(chunks):
-        layers = placement.layers(stage, place)
-        recompute.apply(chunk.decoder, memory.plan(len(layers), chunk=place, chunks=placement.vpp))
+        plan = memory.plan(len(placement.layers(stage, place)), chunk=place, chunks=placement.vpp)
+        recompute.apply(chunk.decoder, plan)
+        swap.apply(chunk.decoder, plan, mesh.device, last=placement.is_last(stage, place))
     return [chunk.to(mesh.device.torch) for chunk in chunks]
