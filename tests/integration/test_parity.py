@@ -24,6 +24,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2 pp2 sp": (4, {"tp": 2, "pp": 2, "sp": True}, {}),
     "tp2 dp2 sp distributed": (4, {"tp": 2, "dp": 2, "sp": True}, {"distributed": True}),
     "pp2 dp2 distributed": (4, {"pp": 2, "dp": 2}, {"distributed": True}),
+    "cp2 ring": (2, {"cp": 2}, {}),
+    "cp2 ulysses": (2, {"cp": 2, "cp_algorithm": "ulysses"}, {}),
+    "cp4 window": (4, {"cp": 4, "cp_window": 2, "cp_overlap": True}, {}),
+    "cp4 hybrid": (4, {"cp": 4, "cp_algorithm": "hybrid", "ulysses": 2}, {}),
+    "tp2 cp2 sp": (4, {"tp": 2, "cp": 2, "sp": True}, {}),
+    "pp2 cp2": (4, {"pp": 2, "cp": 2}, {}),
+    "cp2 dp2 ulysses distributed": (4, {"cp": 2, "cp_algorithm": "ulysses", "dp": 2}, {"distributed": True}),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {},
@@ -55,11 +62,13 @@ def alone(where: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def _rows() -> list[Any]:
-    rows = [(layout, model, "pretrain") for layout in LAYOUTS for model in ("untied", "tied")]
+    rows = [(layout, "untied", "pretrain") for layout in LAYOUTS]
+    rows += [(layout, "tied", "pretrain") for layout in LAYOUTS if "cp" not in layout or layout == "pp2 cp2"]
     rows += [(layout, "qwen3", "pretrain") for layout in ("tp2 sp", "pp2")]
     rows += [(layout, "three layers", "pretrain") for layout in ("pp2", "pp2 dp2 distributed")]
     # samples of very different lengths: a mean over micro batches or ranks would weigh their tokens differently
     rows += [(layout, "untied", "sft") for layout in ("pp2", "dp2 distributed", "tp2 pp2 sp")]
+    rows += [(layout, "untied", "sft") for layout in ("cp2 ring", "pp2 cp2", "cp4 hybrid")]
     return [pytest.param(*row, id=" ".join(row).replace(" ", "-")) for row in rows]
 
 

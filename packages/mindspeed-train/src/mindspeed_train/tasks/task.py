@@ -36,4 +36,10 @@ class Task:
 
 def token_loss(model: Any, batch: Batch) -> Tensor:
     """Run one stage; the last one returns the fp32 sum of weight * cross entropy over the tokens of the batch."""
-    return model(batch["tokens"], labels=batch["labels"], weights=batch["weights"])
+    return model(
+        batch["tokens"],
+        labels=batch["labels"],
+        weights=batch["weights"],
+        positions=batch.get("positions"),  # both only where several documents share a row
+        segments=batch.get("segments"),
+    )
