@@ -82,6 +82,14 @@ class Device:
         if self.module is not None:
             self.module.synchronize()
 
+    def free_memory(self) -> int:
+        """Return the bytes that are free on the device; on the CPU what the machine can give without swapping."""
+        if self.module is not None:
+            return self.module.mem_get_info()[0]
+        import psutil
+
+        return psutil.virtual_memory().available
+
     def count(self) -> int:
         """Return how many such devices this machine has; on the CPU ranks are not bound to devices, so 1."""
         return 1 if self.module is None else self.module.device_count()

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +100,24 @@ def run_ranks(main: Callable[[], None], world_size: int) -> None:
             raise SystemExit(code)
 
 
+def run_again(arguments: Sequence[str]) -> tuple[int, str]:
+    """Run this program with other arguments, as a process that dies with this one.
+
+    Returns its exit code (below 0: the signal that killed it) and what it wrote to stderr; what it writes to stdout is lost.
+    """
+    with tempfile.TemporaryFile() as stderr:
+        done = subprocess.run(
+            _command_line(arguments),
+            env={**os.environ, LAUNCHER: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            check=False,
+        )
+        stderr.seek(0)
+        return done.returncode, stderr.read().decode(errors="replace")
+
+
 def bind() -> None:
     """Tie this process to the launcher that started it, if one did: it dies when the launcher dies. Repeatable."""
     launcher = os.environ.get(LAUNCHER)
@@ -115,6 +133,8 @@ def bind() -> None:
         threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
     if not _own_rank():
         os._exit(1)
+    if FOLDER not in os.environ:
+        return  # a command of its own, such as `run_again` starts
     # Ctrl-C at a terminal reaches every process. Rank 0 decides what it means; the launcher then ends the others.
     if threading.current_thread() is threading.main_thread():
         rank = _number("RANK")
@@ -275,16 +295,20 @@ def _start(rank: int, world_size: int, folder: Path) -> _Rank:
         return _Rank(rank, subprocess.Popen(line, env=environment, stdin=silent, stdout=silent, stderr=stderr), folder)
 
 
-def _command_line() -> list[str]:
-    """The command that started this process; `sys.argv` counts where a caller has changed it."""
+def _command_line(replaced: Sequence[str] | None = None) -> list[str]:
+    """The command that started this process; `sys.argv` counts where a caller has changed it.
+
+    With `replaced`: the same program with these arguments.
+    """
     arguments = sys.argv[1:]
+    wanted = arguments if replaced is None else list(replaced)
     before = len(sys.orig_argv) - len(arguments)
     if sys.orig_argv[before:] == arguments:
-        return [sys.executable, *sys.orig_argv[1:]]
+        return [sys.executable, *sys.orig_argv[1:before], *wanted]
     spec = sys.modules["__main__"].__spec__
     if spec is not None:
-        return [sys.executable, "-m", spec.name.removesuffix(".__main__"), *arguments]
-    return [sys.executable, *sys.argv]
+        return [sys.executable, "-m", spec.name.removesuffix(".__main__"), *wanted]
+    return [sys.executable, sys.argv[0], *wanted]
 
 
 def _supervise(ranks: list[_Rank]) -> int:

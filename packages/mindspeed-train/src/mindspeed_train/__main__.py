@@ -34,6 +34,47 @@ def sft(recipe: RecipeFile, overrides: Overrides = None) -> None:
     _train("sft", recipe, overrides or [])
 
 
+@app.command()
+def verify(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 3,
+    task: Annotated[Optional[str], typer.Option(help="pretrain or sft; by default what the data is for.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run the recipe's layout and one process on the same data, and print how far they differ.
+
+    Both run in fp32 unless precision=bf16 is given here. Exit code 1 when they differ by more than rounding.
+    """
+    from mindspeed_core import launch
+    from mindspeed_core.device import Device
+    from mindspeed_core.errors import InputError
+    from mindspeed_core.recipe import load
+    from mindspeed_train import verify as certificate
+    from mindspeed_train.check import check
+    from mindspeed_train.config import Recipe
+    from mindspeed_train.tasks import TASKS, task_for
+
+    if launch.launched():
+        raise InputError("mindspeed-train verify starts its own ranks; run it without torchrun")
+    wanted = load(Recipe, recipe, overrides or [], ignore=OTHERS)
+    if task is not None and task not in TASKS:
+        raise InputError(f"--task {task}: no such task; use {' or '.join(TASKS)}")
+    name = task or task_for(wanted).name
+    ranks = wanted.parallel.world_size(Device.open(wanted.device).count())
+    check(wanted, TASKS[name], world_size=ranks)
+    told = any(override.startswith("precision=") for override in overrides or [])
+    precision = wanted.precision if told else "fp32"
+    found = certificate.verify(wanted, name, steps=steps, precision=precision, ranks=ranks)
+    layout = certificate.layout_name(wanted, ranks)
+    if as_json:
+        print(certificate.as_json(found, layout, precision, steps=steps))
+    else:
+        print(certificate.table(found, layout, precision), end="")
+    if not certificate.equal(found, precision):
+        raise typer.Exit(1)
+
+
 def _train(name: str, path: Path, overrides: list[str]) -> None:
     from mindspeed_core import launch
     from mindspeed_core.recipe import load
