@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -222,7 +223,10 @@ class SharedExperts(MLP):
         self, config: TransformerConfig, arch: Architecture, submodules: MLPSubmodules, tp: Any, *, data_group: Any
     ) -> None:
         assert arch.experts is not None
-        super().__init__(config, submodules, ffn_hidden_size=arch.experts.shared_ffn_hidden_size, tp_group=tp)
+        # Megatron's layer takes the width of its second linear from the configuration, whatever it is told
+        own = copy.copy(config)
+        own.ffn_hidden_size = arch.experts.shared_ffn_hidden_size
+        super().__init__(own, submodules, ffn_hidden_size=own.ffn_hidden_size, tp_group=tp)
         self.data_group = data_group
         self.gate_weight = None
         if arch.experts.shared_gate:

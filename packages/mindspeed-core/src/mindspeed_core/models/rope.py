@@ -19,7 +19,7 @@ Frequencies = tuple[Tensor, float]  # inverse frequencies [d/2] in fp32, and a f
 
 
 def _plain(arch: Architecture) -> Tensor:
-    return 1.0 / arch.rope_theta ** (torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim)
+    return 1.0 / arch.rope_theta ** (torch.arange(0, arch.rotary_dim, 2, dtype=torch.int64).float() / arch.rotary_dim)
 
 
 def _default(arch: Architecture, scaling: Mapping[str, Any]) -> Frequencies:
@@ -45,7 +45,7 @@ def _llama3(arch: Architecture, scaling: Mapping[str, Any]) -> Frequencies:
 
 def _yarn(arch: Architecture, scaling: Mapping[str, Any]) -> Frequencies:
     """YaRN (Peng et al., 2023): fast dimensions are kept, slow ones interpolated, a ramp between them."""
-    d, original = arch.head_dim, scaling.get("original_max_position_embeddings") or arch.max_positions
+    d, original = arch.rotary_dim, scaling.get("original_max_position_embeddings") or arch.max_positions
     factor = scaling.get("factor") or arch.max_positions / original
 
     def magnitude(mscale: float) -> float:
@@ -76,7 +76,7 @@ RULES: dict[str, Callable[[Architecture, Mapping[str, Any]], Frequencies]] = {
 
 
 def frequencies(arch: Architecture) -> Frequencies:
-    """Return the inverse frequencies [head_dim / 2] in fp32 and the factor on cosine and sine."""
+    """Return the inverse frequencies [rotary_dim / 2] in fp32 and the factor on cosine and sine."""
     scaling = arch.rope_scaling or {}
     rule = scaling.get("rope_type") or scaling.get("type") or "default"
     if rule not in RULES:

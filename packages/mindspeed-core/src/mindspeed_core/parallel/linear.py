@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mindspeed_core.kernels import Kernels, matmul, matmul_collective
@@ -57,3 +59,21 @@ class RowLinear(_DeviceProduct, RowParallelLinear):
             return super().forward(input_)
         operation = matmul_collective.matmul_scatter if self.sequence_parallel else matmul_collective.matmul_reduce
         return operation(input_, self.weight, group, side), None
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """A linear without bias whose weight [out, in] every tensor-parallel rank holds whole: [..., in] -> [..., out].
+
+    Under sequence parallelism each rank sees its share of the positions, so the gradients of the ranks are summed.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, config: TransformerConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernel = kernels.matmul
+        device = "cpu" if config.use_cpu_initialization else None
+        weight = torch.empty(out_features, in_features, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel(x, self.weight)

@@ -33,15 +33,16 @@ def refuse(config: Mapping[str, Any], *switches: str) -> None:
         )
 
 
+def require(config: Mapping[str, Any], *keys: str) -> None:
+    """Raise where the configuration lacks a size without which no model can be built."""
+    missing = [key for key in keys if config.get(key) is None]
+    if missing:
+        raise InputError(f"config.json: {', '.join(missing)} missing; {config.get('architectures')} needs it")
+
+
 def decoder(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that all Llama-like configurations share."""
-    missing = [
-        key
-        for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-        if key not in config
-    ]
-    if missing:
-        raise InputError(f"config.json: {', '.join(missing)} missing; a Llama-like model cannot be built without")
+    require(config, "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     heads = config["num_attention_heads"]
     return {
         "num_layers": config["num_hidden_layers"],
