@@ -155,7 +155,12 @@ def test_a_run_folder_tells_what_the_run_is(where: Path, tmp_path: Path) -> None
     assert (config["hidden_size"], config["dtype"]) == (32, "float32")
     assert config["eos_token_id"] == 0
     assert (step / "hf" / "tokenizer.json").exists()
-    assert any((tmp_path / "tensorboard").iterdir())
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    told = [(event.step, event.value) for event in board.Scalars("loss")]
+    assert told == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in runs.metrics(tmp_path)]
 
 
 def test_another_run_in_the_folder_is_refused(where: Path, tmp_path: Path) -> None:

@@ -154,7 +154,8 @@ def fault_of_environment(error: BaseException) -> str | None:
     """What to say when the disk, a permission or the memory is at fault, however deep the cause; None for our faults."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in MENDS:
-            where = f"{cause.filename}: " if cause.filename else ""
+            path = cause.filename2 or cause.filename  # of a copy, the second is what could not be written
+            where = f"{path}: " if path else ""
             return f"{where}{(cause.strerror or str(cause)).lower()}; {MENDS[cause.errno]}"
         text = str(cause)
         if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:

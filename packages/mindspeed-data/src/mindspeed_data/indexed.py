@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mindspeed_core.errors import InputError
+from mindspeed_core.errors import InputError, writing
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -114,20 +114,20 @@ class IndexedWriter:
         """Append sequences that lie one after the other in `ids`; each is a document."""
         if ids.dtype != self.dtype:
             raise TypeError(f"{ids.dtype} ids for a file of {self.dtype}")
-        with _named(self._paths[".bin"]):
+        with writing(self._paths[".bin"]):
             self._ids.write(ids.tobytes())
-        with _named(self._paths[".lengths"]):
+        with writing(self._paths[".lengths"]):
             self._lengths.write(np.ascontiguousarray(lengths, "<i4").tobytes())
         self.sequences += len(lengths)
         self.tokens += len(ids)
 
     def finish(self) -> None:
         """Write everything to the disk, still under temporary names."""
-        with _named(self._paths[".bin"]):
+        with writing(self._paths[".bin"]):
             _sync(self._ids)
-        with _named(self._paths[".lengths"]):
+        with writing(self._paths[".lengths"]):
             self._lengths.close()
-        with _named(self._paths[".idx"]), open(self._paths[".idx"], "wb") as file:
+        with writing(self._paths[".idx"]), open(self._paths[".idx"], "wb") as file:
             file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], self.sequences, self.sequences + 1))
             for lengths in self._blocks():
                 file.write(lengths.tobytes())
@@ -164,17 +164,6 @@ def publish(*writers: IndexedWriter, beside: Path) -> None:
     for suffix in (".bin", ".idx"):
         for writer in writers:
             os.replace(path_of(writer.prefix, f"{suffix}.tmp"), path_of(writer.prefix, suffix))
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Say which file an error of the disk belongs to: writes themselves do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
 
 
 def _sync(file: BinaryIO) -> None:

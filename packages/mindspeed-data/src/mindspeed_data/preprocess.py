@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mindspeed_core.cli import console, progress
-from mindspeed_core.errors import InputError
+from mindspeed_core.errors import InputError, writing
 from mindspeed_data import readers
 from mindspeed_data.indexed import IndexedWriter, path_of, publish
 from mindspeed_data.pool import Pool
@@ -146,7 +146,8 @@ def _write(job: Jobs, output: Path, workers: int) -> Outcome:
         beside = _sidecar_path(job, output)
         temporary = Path(f"{beside}.tmp")
         stack.callback(temporary.unlink, missing_ok=True)
-        temporary.write_text(_sidecar(job, outcome).text())
+        with writing(temporary):
+            temporary.write_text(_sidecar(job, outcome).text())
         publish(*writers.values(), beside=beside)
     return outcome
 

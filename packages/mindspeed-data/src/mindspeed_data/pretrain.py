@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mindspeed_core.errors import InputError
+from mindspeed_core.errors import InputError, writing
 from mindspeed_data.indexed import IndexedDataset
 from mindspeed_data.sidecar import text_prefix
 
@@ -155,15 +155,24 @@ class _Maker:
         if not folder.is_dir():
             temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             temporary.mkdir(parents=True, exist_ok=True)
-            for name, array in build().items():
-                np.save(temporary / f"{name}.npy", array)
             try:
-                temporary.rename(folder)
+                with writing(temporary):
+                    for name, array in build().items():
+                        _save(temporary / f"{name}.npy", array)
+                    temporary.rename(folder)
             except OSError:
-                shutil.rmtree(temporary, ignore_errors=True)
                 if not folder.is_dir():  # no other rank was faster: the disk is at fault
                     raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    """Write a .npy file. `np.save` writes past Python's files, and its error on a full disk does not say so."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
 
 
 def _shares(split: str | Sequence[float] | None) -> tuple[tuple[float, float], tuple[float, float] | None]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mindspeed_core.errors import writing
 from mindspeed_eval.evaluate import Outcome
 
 
@@ -51,8 +52,9 @@ def _write(path: Path, lines: Iterable[str]) -> Path:
     """Write beside the target and rename, so that a cut run never leaves half a file."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        aside.replace(path)
+        with writing(path):
+            aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
     return path

@@ -10,6 +10,7 @@ from typing import Any
 
 from mindspeed_core.checkpoint.folder import sync
 from mindspeed_core.cli import console, progress
+from mindspeed_core.errors import writing
 from mindspeed_train.config import LogConfig
 
 METRICS = "metrics.jsonl"
@@ -26,14 +27,15 @@ class Meter:
     def __init__(self, folder: Path, config: LogConfig, *, start: int, steps: int) -> None:
         self.config = config
         self.start, self.steps = start, steps
-        keep_until(folder / METRICS, start or -1)  # a run from the beginning evaluates at step 0 anew
-        self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._path = folder / METRICS
+        keep_until(self._path, start or -1)  # a run from the beginning evaluates at step 0 anew
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         self._board: Any = None
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from mindspeed_train.board import Board
 
             # what an interrupted run wrote after the step it goes on from is hidden
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            self._board = Board(folder / "tensorboard", first=start + 1 if start else 0)
         self._bar = progress(steps - start, f"from step {start}" if start else "train", unit="steps")
         self._shown: Any = None
 
@@ -45,7 +47,8 @@ class Meter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.__exit__(kind, error, trace)
-        self._file.close()
+        with writing(self._path):  # what a full disk has not taken yet
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -69,12 +72,13 @@ class Meter:
         console.print(line)
 
     def _write(self, numbers: dict[str, Any]) -> None:
-        self._file.write(json.dumps(numbers) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(numbers) + "\n")
+            self._file.flush()
         if self._board is not None:
-            for name, value in numbers.items():
-                if name != "step" and math.isfinite(value):
-                    self._board.add_scalar(name, value, numbers["step"])
+            step = numbers["step"]
+            shown = {name: value for name, value in numbers.items() if name != "step" and math.isfinite(value)}
+            self._board.write(step, shown)
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -89,6 +93,7 @@ def keep_until(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     aside = path.with_suffix(".tmp")
-    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    sync(aside)
-    aside.replace(path)
+    with writing(aside):
+        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        sync(aside)
+        aside.replace(path)

@@ -66,8 +66,7 @@ def write_assets(model: Model, target: Path, *, precision: str) -> None:
     if model.assets is not None:
         copy_assets(model.assets, target)
     if model.tokenizer != model.assets:
-        aside = target.with_name(f"{target.name}.tokenizer")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = target / ".tokenizer"
         copy_assets(model.tokenizer, aside)
         for file in aside.iterdir():  # a tokenizer may lie in the folder of another model
             if file.name not in ("config.json", "generation_config.json") and not file.name.startswith(

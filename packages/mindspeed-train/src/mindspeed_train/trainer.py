@@ -20,7 +20,7 @@ from mindspeed_core import recipe as recipes
 from mindspeed_core.checkpoint import native
 from mindspeed_core.checkpoint.native import Progress, State
 from mindspeed_core.device import Device
-from mindspeed_core.errors import InputError
+from mindspeed_core.errors import InputError, writing
 from mindspeed_core.kernels import select
 from mindspeed_core.models.build import build_model
 from mindspeed_core.models.weights import load_weights, mark, random_tensors
@@ -55,7 +55,8 @@ class Trainer:
         torch.distributed.barrier()
         resumed = self._resumed()
         if self.mesh.is_main:
-            self._write_down()
+            with writing(self.folder):
+                self._write_down()
         chunks = self._build(random=resumed is None)
         self.chunks = wrap_data_parallel(chunks, recipe.optim, self.mesh)
         self.optimizer = build_optimizer(recipe.optim, self.chunks, self.mesh, recipe.precision)
@@ -228,9 +229,12 @@ class Trainer:
         _replace(self.folder / "versions.json", json.dumps(versions, indent=2) + "\n")
         aside = self.folder / f"{ASSETS}.tmp"
         shutil.rmtree(aside, ignore_errors=True)
-        write_assets(self.model, aside, precision=self.recipe.precision)
-        shutil.rmtree(self.folder / ASSETS, ignore_errors=True)
-        aside.rename(self.folder / ASSETS)
+        try:
+            write_assets(self.model, aside, precision=self.recipe.precision)
+            shutil.rmtree(self.folder / ASSETS, ignore_errors=True)
+            aside.rename(self.folder / ASSETS)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _due(step: int, every: int, steps: int) -> bool:
@@ -239,8 +243,11 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 def _replace(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _lock(folder: Path) -> int:

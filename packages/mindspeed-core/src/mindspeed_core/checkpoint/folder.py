@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mindspeed_core.errors import InputError
+from mindspeed_core.errors import InputError, writing
 
 ASSETS = (  # what a model needs beside its weights, and the licence it came under; never code
     "config.json",
@@ -51,10 +51,11 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 f"{partial}: another process is writing {target}; wait for it or choose another target"
             ) from None
         try:
-            _clear(partial)
-            yield partial
-            for path in (*partial.rglob("*"), partial):
-                sync(path)
+            with writing(target):
+                _clear(partial)
+                yield partial
+                for path in (*partial.rglob("*"), partial):
+                    sync(path)
             _replace(target, partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

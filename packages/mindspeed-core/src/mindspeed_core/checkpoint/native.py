@@ -71,12 +71,12 @@ def save(folder: Path, state: State, progress: Progress, *, assets: Path | None 
     path = folder / f"step_{progress.step}"
     aside = folder / f".{path.name}.tmp"
     try:
-        _together(mesh, lambda: _begin(aside), main=True)
-        written = _together(mesh, lambda: _write(aside, state))
+        _together(mesh, lambda: _begin(aside), path, main=True)
+        written = _together(mesh, lambda: _write(aside, state), path)
         everything: list[Any] | None = [None] * mesh.world_size if mesh.is_main else None
         dist.gather_object(written, everything, dst=0)
-        _together(mesh, lambda: _finish(aside, path, everything or [], state, progress, assets), main=True)
-        _together(mesh, lambda: _prune(folder, progress.step, keep), main=True)
+        _together(mesh, lambda: _finish(aside, path, everything or [], state, progress, assets), path, main=True)
+        _together(mesh, lambda: _prune(folder, progress.step, keep), path, main=True)
     except BaseException:
         if mesh.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -89,7 +89,7 @@ def load(path: Path, state: State) -> Progress:
 
     Any layout reads what any other has written. On the layout that wrote it a run goes on bit for bit.
     """
-    return _together(state.mesh, lambda: _load(path, state))
+    return _together(state.mesh, lambda: _load(path, state), path, reads=True)
 
 
 def latest(folder: Path) -> Path | None:
@@ -269,7 +269,7 @@ def _random_pieces(mesh: Mesh, states: dict[str, torch.Tensor]) -> Iterator[Piec
         yield Piece(f"random.rank_{mesh.rank}.{name}", tuple(value.shape), (0,), value, (0,))
 
 
-def _together(mesh: Mesh, work: Callable[[], T], *, main: bool = False) -> T:
+def _together(mesh: Mesh, work: Callable[[], T], path: Path, *, main: bool = False, reads: bool = False) -> T:
     """Do `work` on every rank, or on rank 0 for all; when it fails on one for a fault of the disk, all raise it."""
     result: Any = None
     fault = None
@@ -279,7 +279,7 @@ def _together(mesh: Mesh, work: Callable[[], T], *, main: bool = False) -> T:
     except InputError as error:
         fault = str(error)
     except OSError as error:
-        fault = _explain(error)
+        fault = _explain(error, path, reads=reads)
     faults: list[str | None] = [None] * mesh.world_size
     dist.all_gather_object(faults, fault)
     if any(faults):
@@ -287,12 +287,14 @@ def _together(mesh: Mesh, work: Callable[[], T], *, main: bool = False) -> T:
     return result
 
 
-def _explain(error: OSError) -> str:
+def _explain(error: OSError, path: Path, *, reads: bool) -> str:
+    where = error.filename2 or error.filename or path  # of a copy, the second is what could not be written
+    reason = (error.strerror or str(error)).lower()
+    if reads:
+        return f"the checkpoint {where} could not be read: {reason}; use another checkpoint"
     mends = {
         errno.ENOSPC: "free some space or lower checkpoint.keep, then start again to continue from the checkpoint before",
         errno.EDQUOT: "free some of your quota or lower checkpoint.keep, then start again to continue from the checkpoint before",
     }
-    where = f" {error.filename}" if error.filename else ""
-    reason = (error.strerror or str(error)).lower()
     mend = mends.get(error.errno or 0, "choose a checkpoint.folder that can be written")
-    return f"the checkpoint{where} could not be written: {reason}; {mend}"
+    return f"the checkpoint {where} could not be written: {reason}; {mend}"
