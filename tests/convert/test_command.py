@@ -82,7 +82,13 @@ def test_inspect_tells_what_a_folder_holds(source: Path, tmp_path: Path, capsys:
     told = json.loads(capsys.readouterr().out)
     assert told["format"] == "mcore"
     assert told["family"] == "llama"
-    assert told["layout"] == {"tp": 2, "pp": 4, "padded_vocab_size": 38}
+    assert told["layout"] == {
+        "tp": 2,
+        "pp": 4,
+        "vpp": 1,
+        "padded_vocab_size": 38,
+        "stages": [[[0]], [[1]], [[2]], [[3]]],
+    }
     assert told["dtypes"] == {"float32": told["parameters"]}
     assert told["architecture"]["num_query_groups"] == 2
     assert len(told["files"]) == 8
@@ -90,6 +96,28 @@ def test_inspect_tells_what_a_folder_holds(source: Path, tmp_path: Path, capsys:
     for folder in (source, tmp_path / "mcore"):
         command.inspect_(folder)
         assert f"parameters  {told['parameters']:,} in {told['tensors']} tensors" in capsys.readouterr().out
+
+
+def test_chunks_uneven_stages_and_noop_layers_go_there_and_back(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layouts: dict[str, tuple[dict[str, Any], list[str]]] = {
+        "chunks": ({"vpp": 2}, ["stage 0     layers 0; 2", "stage 1     layers 1; 3"]),
+        "uneven": ({"layers_per_stage": "3,1"}, ["stage 0     layers 0-2", "stage 1     layers 3"]),
+        "noop": (
+            {"vpp": 2, "noop_layers": "7,2,3,0"},
+            ["stage 0     layers noop, 0; 1-2", "stage 1     layers noop, noop; 3, noop"],
+        ),
+    }
+    before = source
+    for name, (options, stages) in layouts.items():  # each from the one before
+        command.mcore(before, tmp_path / name, pp=2, **options)
+        capsys.readouterr()
+        command.inspect_(tmp_path / name)
+        assert stages == [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage")]
+        before = tmp_path / name
+    command.hf(before, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
 
 
 def _spoil(source: Path, target: Path, change: Any) -> Path:
@@ -153,6 +181,13 @@ def test_every_fault_is_one_line_and_exit_code_2(source: Path, tmp_path: Path) -
     assert len(lines) == 3
     assert lines[0] == "error: --tp 3 does not divide num_attention_heads=4; use 1 or 2 or 4"
     assert not (tmp_path / "x").exists()
+
+
+def test_a_list_that_is_none_is_told(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--layers-per-stage 2;2: is no list of numbers; write them as in 4,5,5,4$"):
+        command.mcore(source, tmp_path / "x", pp=2, layers_per_stage="2;2")
+    with pytest.raises(InputError, match=r"^--layers-per-stage 2,1: needs .* as in 2,2$"):
+        command.mcore(source, tmp_path / "x", pp=2, layers_per_stage="2,1")
 
 
 def test_nothing_is_overwritten_unasked(source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mindspeed_core.errors import InputError
 from tests.tiny_checkpoint import KINDS, contents, hf_folder
 
 
-def _mcore(source: Path, target: Path, **layout: int) -> Checkpoint:
+def _mcore(source: Path, target: Path, **layout: Any) -> Checkpoint:
     write_megatron(open_checkpoint(source), target, layout=Layout(**layout))
     return open_checkpoint(target)
 
@@ -53,8 +54,8 @@ def test_there_and_back_is_byte_for_byte(tmp_path_factory: pytest.TempPathFactor
     layers = open_checkpoint(source).architecture.num_layers
     layout = {
         "tp": data.draw(st.sampled_from([t for t in (1, 2, 4) if groups % t == 0])),
-        "pp": data.draw(st.integers(1, layers)),
         "vocab_divisor": data.draw(st.sampled_from([1, 3, 128])),
+        **_placement(data, layers),
     }
     mcore = _mcore(source, tmp_path / "mcore", **layout)
     assert (mcore.format, mcore.iteration) == ("mcore", 1)
@@ -64,6 +65,23 @@ def test_there_and_back_is_byte_for_byte(tmp_path_factory: pytest.TempPathFactor
     write_megatron(mcore, tmp_path / "other", layout=Layout())
     write_hf(open_checkpoint(tmp_path / "other"), tmp_path / "back2")
     assert contents(tmp_path / "back2") == contents(source)
+
+
+def _placement(data: st.DataObject, layers: int) -> dict[str, Any]:
+    pp = data.draw(st.integers(1, layers))
+    how = data.draw(st.sampled_from(["shared", "named", "chunks"]))
+    if how == "named":
+        cuts = sorted(
+            data.draw(st.sets(st.integers(1, layers - 1), min_size=pp - 1, max_size=pp - 1)) if pp > 1 else []
+        )
+        edges = [0, *cuts, layers]
+        return {"pp": pp, "layers_per_stage": tuple(b - a for a, b in pairwise(edges))}
+    if how == "chunks" and pp > 1:
+        vpp = data.draw(st.integers(1, 3))
+        slots = pp * vpp * -(-layers // (pp * vpp))
+        numbers = data.draw(st.permutations(range(slots)))[: slots - layers]
+        return {"pp": pp, "vpp": vpp, "noop_layers": tuple(sorted(numbers))}
+    return {"pp": pp}
 
 
 def test_buffers_and_a_stored_tied_output_layer_survive(tmp_path: Path) -> None:
@@ -173,6 +191,64 @@ def test_each_rank_has_its_keys_with_layers_from_zero(tmp_path: Path, kind: str,
         for rank in range(2):
             head = _stored(target, f"mp_rank_{rank:02d}_002")["output_layer.weight"]
             assert torch.equal(head, _stored(target, f"mp_rank_{rank:02d}_000")["embedding.word_embeddings.weight"])
+
+
+def _document(target: Path, rank: str) -> dict[str, Any]:
+    return torch.load(target / "iter_0000001" / rank / "model_optim_rng.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunks_have_keys_of_their_own_with_layers_from_zero(tmp_path: Path, tied: bool) -> None:
+    source = hf_folder(tmp_path / "hf", layers=6, tied=tied)
+    target = tmp_path / "mcore"
+    _mcore(source, target, pp=2, vpp=2, noop_layers=(0, 7))  # - 0 | 1 2 | 3 4 | 5 -
+    one, two = (_document(target, f"mp_rank_00_{stage:03d}") for stage in range(2))
+    for document in (one, two):
+        assert "model" not in document
+    assert list(one["model0"]) == ["embedding.word_embeddings.weight", *_layer(1, "llama")]
+    assert list(one["model1"]) == [*_layer(0, "llama"), *_layer(1, "llama")]
+    assert list(two["model0"]) == [*_layer(0, "llama"), *_layer(1, "llama")]
+    assert list(two["model1"]) == [*_layer(0, "llama"), "decoder.final_layernorm.weight", "output_layer.weight"]
+    hf = load_file(source / "model.safetensors")
+    for model, local, layer in (
+        (one["model0"], 1, 0),
+        (two["model0"], 1, 2),
+        (one["model1"], 1, 4),
+        (two["model1"], 0, 5),
+    ):
+        norm = model[f"decoder.layers.{local}.input_layernorm.weight"]
+        assert torch.equal(norm, hf[f"model.layers.{layer}.input_layernorm.weight"])
+    said = {
+        "num_layers": 8,  # Megatron counts noop layers too
+        "noop_layers": {0, 7},
+        "virtual_pipeline_model_parallel_size": 2,
+        "num_layers_per_virtual_pipeline_stage": 2,
+        "num_layer_list": None,
+    }
+    assert said.items() <= vars(one["args"]).items()
+
+
+def test_uneven_stages_are_told_to_megatron(tmp_path: Path) -> None:
+    source = hf_folder(tmp_path / "hf", layers=5)
+    _mcore(source, tmp_path / "named", pp=2, layers_per_stage=(1, 4))
+    _mcore(source, tmp_path / "shared", pp=2)
+    _mcore(source, tmp_path / "equal", pp=5)
+    for name, counts in (("named", [1, 4]), ("shared", [3, 2]), ("equal", None)):
+        args = _document(tmp_path / name, "mp_rank_00_000")["args"]
+        assert (args.num_layer_list, args.noop_layers, args.num_layers) == (counts, None, 5)
+
+
+@pytest.mark.parametrize("said", [{2, 3}, "2,3", [3, 2], None, "?"])
+def test_noop_layers_are_found_whatever_the_arguments_say(tmp_path: Path, said: Any) -> None:
+    source = hf_folder(tmp_path / "hf", layers=2)
+    _mcore(source, tmp_path / "mcore", pp=2, noop_layers=(2, 3))  # the last stage has the head alone
+    _rewrite(tmp_path / "mcore", lambda document: vars(document["args"]).update(noop_layers=said))
+    checkpoint = open_checkpoint(tmp_path / "mcore")
+    assert isinstance(checkpoint.tensors, MegatronTensors)
+    known = said not in (None, "?")
+    assert checkpoint.tensors.held == {(0, 0): (0, 1), (1, 0): (None, None) if known else ()}
+    write_hf(checkpoint, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
 
 
 def test_a_tied_model_on_one_stage_stores_no_output_layer(tmp_path: Path) -> None:

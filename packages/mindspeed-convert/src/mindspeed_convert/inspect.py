@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,16 @@ def describe(path: Path, *, config: Path | None = None) -> dict[str, Any]:
     files = sorted(file for pattern in WEIGHT_FILES for file in checkpoint.path.glob(pattern))
     layout = {}
     if isinstance(tensors, MegatronTensors):
-        layout = {"tp": tensors.tp, "pp": tensors.pp, "padded_vocab_size": tensors.padded_vocab}
+        layout = {
+            "tp": tensors.tp,
+            "pp": tensors.pp,
+            "vpp": tensors.vpp,
+            "padded_vocab_size": tensors.padded_vocab,
+            # of every stage its chunks, of every chunk its layers; null is a noop layer
+            "stages": [
+                [list(tensors.held[stage, chunk]) for chunk in range(tensors.vpp)] for stage in range(tensors.pp)
+            ],
+        }
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -59,8 +68,28 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
     yield f"{'dtype':<12}{', '.join(told['dtypes'])}"
     if told["layout"]:
         layout = told["layout"]
-        yield f"{'layout':<12}tp={layout['tp']} pp={layout['pp']}, vocabulary padded to {layout['padded_vocab_size']}"
+        chunks = f" vpp={layout['vpp']}" if layout["vpp"] > 1 else ""
+        yield f"{'layout':<12}tp={layout['tp']} pp={layout['pp']}{chunks}, vocabulary padded to {layout['padded_vocab_size']}"
+        for stage, held in enumerate(layout["stages"] if layout["pp"] > 1 else ()):
+            yield f"{f'stage {stage}':<12}layers {'; '.join(map(_layers_text, held))}"
     yield f"{'tokenizer':<12}{'yes' if told['tokenizer'] else 'no'}"
     yield f"{'files':<12}{len(told['files'])} with weights, {size_text(told['bytes'])}"
     for name, size in told["files"].items():
         yield f"{'':<12}{name}  {size_text(size)}"
+
+
+def _layers_text(held: Sequence[int | None]) -> str:
+    """Return the layers of a chunk in words: `0-3, noop, 4`."""
+    words: list[str] = []
+    runs: list[list[int]] = []
+    for layer in held:
+        if layer is None:
+            words.append("noop")
+            runs = []
+        elif runs:
+            runs[0].append(layer)
+            words[-1] = f"{runs[0][0]}-{layer}"
+        else:
+            runs = [[layer]]
+            words.append(str(layer))
+    return ", ".join(words) or "none"
