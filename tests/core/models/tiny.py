@@ -7,11 +7,41 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+    "deepseek2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+}
+OWN: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "router_aux_loss_coef": 0.0},  # the oracle's loss is the cross entropy alone
+    # V2-Lite's shape: one dense layer, then experts of which two are shared; heads of 8 + 4 whose values have 6
+    "deepseek2": {
+        "num_key_value_heads": 8,
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "topk_method": "greedy",
+        "aux_loss_alpha": 0.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    },
 }
 
 
@@ -31,7 +61,7 @@ def hf_model(family: str, *, tied: bool = False, groups: int = 4, seed: int = 0,
         "tie_word_embeddings": tied,
         "initializer_range": 0.2,
     }
-    model = model_class(config_class(**{**sizes, **more})).eval()
+    model = model_class(config_class(**{**sizes, **OWN.get(family, {}), **more})).eval()
     with torch.no_grad():  # norms start at one and biases at zero, which would hide a swapped tensor
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -45,10 +75,10 @@ def config_of(model: Any) -> dict[str, Any]:
 
 
 class StateTensors:
-    """A transformers model as a source of tensors."""
+    """A transformers model as a source of tensors, under the names that it saves them with."""
 
     def __init__(self, model: Any) -> None:
-        self._state: dict[str, Tensor] = model.state_dict()
+        self._state: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
 
     def names(self) -> list[str]:
         return list(self._state)

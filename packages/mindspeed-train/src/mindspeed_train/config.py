@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_serializer, model
 
 from mindspeed_core.kernels import KernelConfig
 from mindspeed_core.memory.config import MemoryConfig
+from mindspeed_core.models.expert_config import ExpertsConfig
 from mindspeed_core.models.families import preset
 from mindspeed_core.optim.build import OptimConfig
 from mindspeed_core.parallel.mesh import ParallelConfig
@@ -163,6 +164,7 @@ class Recipe(Section):
     optim: OptimConfig = OptimConfig()
     memory: MemoryConfig = MemoryConfig()
     kernels: KernelConfig = KernelConfig()
+    experts: ExpertsConfig = ExpertsConfig()
     log: LogConfig = LogConfig()
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     # Names of the recipe format that nothing obeys yet.

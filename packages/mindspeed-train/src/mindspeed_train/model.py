@@ -57,7 +57,8 @@ def find_model(recipe: Recipe) -> Model:
                 f"data.tokenizer: is needed, since {where}; give the folder of the one the data was made with"
             )
         tokenizer = assets
-    return Model(config, family, family.architecture(config), None if wanted.random else checkpoint, assets, tokenizer)
+    arch = recipe.experts.applied(family.architecture(config))
+    return Model(config, family, arch, None if wanted.random else checkpoint, assets, tokenizer)
 
 
 def write_assets(model: Model, target: Path, *, precision: str) -> None:

@@ -128,6 +128,17 @@ def _sequence_is_cut_evenly(case: Case) -> str | None:
     )
 
 
+def _experts_need_sequence(case: Case) -> str | None:
+    parallel = case.recipe.parallel
+    if _architecture(case).experts is None or parallel.tp == 1 or parallel.sp:
+        return None
+    return "parallel.sp: each tp rank sends tokens of its own to the experts, which needs sp; set parallel.sp=true too"
+
+
+def _experts_fit(case: Case) -> str | None:
+    return "\n".join(case.recipe.experts.problems(_architecture(case))) or None
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         keys=("parallel.sp", "parallel.tp"),
@@ -176,6 +187,18 @@ RULES: tuple[Rule, ...] = (
             "is left by `tp`."
         ),
         fault=_sequence_is_cut_evenly,
+        model=True,
+    ),
+    Rule(
+        keys=("parallel.tp", "parallel.sp"),
+        says="A model with experts takes `tp` together with `sp`.",
+        fault=_experts_need_sequence,
+        model=True,
+    ),
+    Rule(
+        keys=("experts",),
+        says="The section `experts` fits the model: its router, its shared experts, its capacity.",
+        fault=_experts_fit,
         model=True,
     ),
 )

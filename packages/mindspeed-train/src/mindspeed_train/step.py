@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_core.models.balance import TERMS, take_terms
 from mindspeed_core.parallel.context import ContextSplit
 from mindspeed_core.parallel.mesh import Mesh
 from mindspeed_core.parallel.pipeline import micro_batch_group
@@ -26,6 +27,7 @@ class Loss:
     total: float  # the sum of weight * loss over all tokens
     tokens: int  # those that counted in the loss
     positions: int  # those that were computed, padding included
+    terms: Mapping[str, float] = field(default_factory=dict)  # what else is learned from, each a mean over tokens
 
     @property
     def mean(self) -> float:
@@ -33,7 +35,7 @@ class Loss:
         return self.total / max(1, self.tokens)
 
     def __add__(self, other: Loss) -> Loss:
-        return Loss(self.total + other.total, self.tokens + other.tokens, self.positions + other.positions)
+        return Loss(self.total + other.total, self.tokens + other.tokens, self.positions + other.positions, self.terms)
 
 
 def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, forward: Forward, *, train: bool) -> Loss:
@@ -54,6 +56,8 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
     rows, length = micro_batches[0]["tokens"].shape
     chunked = len(chunks) > 1
     micro_batches = _filled(micro_batches, micro_batch_group(mesh.pp.size, len(chunks)))
+    for chunk in chunks:
+        chunk.train(train)  # routers draw at random only while they learn
     with torch.set_grad_enabled(train):
         reports = get_forward_backward_func(mesh.pp.size, len(chunks) if chunked else None)(
             forward_step_func=step,
@@ -65,7 +69,7 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
             micro_batch_size=rows,
             forward_only=not train,
         )
-    return _everywhere(reports, mesh)
+    return _everywhere(reports, take_terms(chunks, mesh.device.torch), mesh)
 
 
 def _filled(micro_batches: Sequence[Batch], multiple: int) -> Sequence[Batch]:
@@ -86,11 +90,16 @@ def _loss(batch: Batch, context: ContextSplit | None, output: Tensor) -> tuple[T
     return output, tokens.int(), torch.stack([output.detach().float(), tokens, positions])
 
 
-def _everywhere(reports: list[Tensor], mesh: Mesh) -> Loss:
-    """Sum the reports of all micro batches over all ranks; each position is counted on one rank of its copy."""
+def _everywhere(reports: list[Tensor], terms: Tensor, mesh: Mesh) -> Loss:
+    """Sum the reports of all micro batches over all ranks; each position is counted on one rank of its copy.
+
+    `terms` are what the routers of this rank have added up; every rank has some of its own.
+    """
     total = torch.zeros(3, device=mesh.device.torch)
     if mesh.is_last_stage and mesh.tp.rank == 0:
         total = torch.stack(reports).sum(0)
+    total = torch.cat([total, terms])
     dist.all_reduce(total)
-    loss, tokens, positions = total.tolist()
-    return Loss(loss, round(tokens), round(positions))
+    loss, tokens, positions, *sums, routed = total.tolist()
+    means = {name: value / routed for name, value in zip(TERMS, sums, strict=True)} if routed else {}
+    return Loss(loss, round(tokens), round(positions), means)

@@ -159,6 +159,7 @@ class Trainer:
                     "tokens_per_s": round(loss.positions / (time.perf_counter() - started), 1),
                     "samples": self.progress.samples,
                     "tokens": self.progress.tokens,
+                    **loss.terms,
                 }
             )
         return loss
@@ -203,6 +204,7 @@ class Trainer:
             self.mesh,
             precision=self.recipe.precision,
             kernels=select(self.device, self.recipe.kernels),
+            experts=self.recipe.experts,
             memory=self.recipe.memory,
             variable_seq_lengths=self.task.varies,
         )

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from mindspeed_core.device import Device
 from mindspeed_core.errors import InputError
-from mindspeed_core.kernels import attention, attention_block, cross_entropy, matmul, rms_norm, rotary, swiglu
+from mindspeed_core.kernels import (
+    attention,
+    attention_block,
+    cross_entropy,
+    grouped_matmul,
+    matmul,
+    permute,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from mindspeed_core.kernels.matmul_collective import Collectives
 from mindspeed_core.recipe import Section
 
@@ -30,6 +40,8 @@ class KernelConfig(Section):
     swiglu: Choice = "auto"
     rotary: Choice = "auto"
     matmul: Choice = "auto"
+    grouped_matmul: Choice = "auto"  # the products of experts
+    permute: Choice = "auto"  # sorting tokens by expert
     cross_entropy_chunk: int = Field(256, ge=0)  # tokens whose logits exist at once; 0 keeps all of them
 
 
@@ -43,16 +55,20 @@ class Kernels:
     swiglu: Callable[[Tensor], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     matmul: Callable[[Tensor, Tensor], Tensor] = matmul.native
+    grouped_matmul: grouped_matmul.GroupedMatmul = grouped_matmul.reference
+    permute: permute.Permutation = permute.REFERENCE
     cross_entropy_chunk: int = 256
     collectives: Collectives | None = None  # products beside a collective; None: one after the other
 
 
-SIDES: dict[str, dict[str, Callable[..., Tensor]]] = {
+SIDES: dict[str, dict[str, Any]] = {
     "attention": {"reference": attention.reference, "cpu": attention.cpu, "npu": attention.npu},
     "rms_norm": {"reference": rms_norm.reference, "npu": rms_norm.npu},
     "swiglu": {"reference": swiglu.reference, "npu": swiglu.npu},
     "rotary": {"reference": rotary.reference, "npu": rotary.npu},
     "matmul": {"reference": matmul.native, "cpu": matmul.cpu},
+    "grouped_matmul": {"reference": grouped_matmul.reference, "cpu": grouped_matmul.cpu, "npu": grouped_matmul.npu},
+    "permute": {"reference": permute.REFERENCE, "npu": permute.NPU},
 }
 
 ATTENTION_BLOCKS = {  # chosen with `attention`

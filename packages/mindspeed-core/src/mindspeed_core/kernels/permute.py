@@ -43,7 +43,7 @@ def reference_back(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         places = places.clamp(max=len(rows) - 1)
     # fp32: the weights are, and the sum of a token's experts is rounded once
-    parts = rows.index_select(0, places).view(tokens, chosen, -1)
+    parts = rows.index_select(0, places).view(tokens, chosen, rows.shape[1])
     return (parts * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
 
 

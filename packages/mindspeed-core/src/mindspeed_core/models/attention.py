@@ -19,23 +19,29 @@ from mindspeed_core.parallel.linear import ColumnLinear, RowLinear
 
 
 class Cache:
-    """The keys and values of past positions, preallocated: one pair [max_length, b, g/tp, d] per layer of this stage.
+    """The keys and values of past positions, preallocated: one pair [max_length, b, heads, width] per layer of this stage.
 
     A forward pass writes behind `length`; `advance` makes that part of the past.
     """
 
     def __init__(
-        self, layers: list[int], shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+        self,
+        layers: list[int],
+        max_length: int,
+        batch: int,
+        widths: tuple[tuple[int, int], tuple[int, int]],  # (heads, width) of each of the pair
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.max_length = shape[0]
+        self.max_length = max_length
         self.length = 0
         self._pairs = {
-            layer: (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            layer: tuple(torch.zeros(max_length, batch, *width, dtype=dtype, device=device) for width in widths)
             for layer in layers
         }
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [s, b, g/tp, d] behind the past of one layer and return all of its keys and values so far."""
+        """Write k, v [s, b, heads, width] behind the past of one layer and return all of its keys and values so far."""
         end = self.length + k.shape[0]
         keys, values = self._pairs[layer]
         keys[self.length : end] = k

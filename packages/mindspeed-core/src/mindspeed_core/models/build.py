@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mindspeed_core.errors import InputError
 from mindspeed_core.kernels import Kernels, matmul_collective, select
 from mindspeed_core.memory.config import MemoryConfig
+from mindspeed_core.models.expert_config import ExpertsConfig
 from mindspeed_core.models.family import Architecture, pad_vocab
 from mindspeed_core.parallel.context import ContextSplit, head_problems
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
@@ -24,7 +25,14 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def check(arch: Architecture, parallel: ParallelConfig) -> list[str]:
     """Return what keeps a model of this architecture from being split so; one line per rule broken."""
-    problems = split_problems(arch, tp=parallel.tp, placement=parallel.placement(arch.num_layers), name=recipe_key)
+    problems = split_problems(
+        arch,
+        tp=parallel.tp,
+        placement=parallel.placement(arch.num_layers),
+        name=recipe_key,
+        ep=parallel.ep,
+        etp=parallel.etp,
+    )
     if parallel.tp == 1 and parallel.collective_matmul != "none":
         problems.append(
             f"parallel.collective_matmul={parallel.collective_matmul}: overlaps the collectives of tp and needs tp of at "
@@ -110,10 +118,12 @@ def build_model(
     precision: Precision = "fp32",
     kernels: Kernels | None = None,
     memory: MemoryConfig | None = None,
+    experts: ExpertsConfig | None = None,
     **more: Any,
 ) -> list[Any]:
     """Return this rank's LanguageModel chunks, one per pipeline chunk. Weights are allocated, not set."""
-    problems = check(arch, mesh.config)
+    experts = experts or ExpertsConfig()
+    problems = check(arch, mesh.config) + experts.problems(arch)
     if problems:
         raise InputError("\n".join(problems))
     from mindspeed_core.memory import recompute, swap
@@ -140,6 +150,7 @@ def build_model(
             last=placement.is_last(stage, chunk),
             chunk=chunk if placement.vpp > 1 else None,
             pg_collection=mesh.groups,
+            experts=experts,
             context=ContextSplit.of(mesh),
         )
         for chunk in range(placement.vpp)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, cast
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -15,7 +17,10 @@ from torch import Tensor
 
 from mindspeed_core.kernels import Kernels
 from mindspeed_core.models.attention import SelfAttention
+from mindspeed_core.models.expert_config import ExpertsConfig
 from mindspeed_core.models.family import Architecture
+from mindspeed_core.models.mla import LatentAttention
+from mindspeed_core.models.moe import MoE
 from mindspeed_core.models.norm import RMSNorm
 from mindspeed_core.parallel.linear import ColumnLinear, RowLinear
 
@@ -31,25 +36,40 @@ class SwiGLU(MegatronModule):
         return self.kernel(x)
 
 
-def block_spec(arch: Architecture, kernels: Kernels, layers: range) -> TransformerBlockSubmodules:
+@dataclass(frozen=True)
+class Part:
+    """What Megatron's layer builds its feed-forward part from. It warns of a ModuleSpec whose module it does not know."""
+
+    module: type
+    params: dict[str, Any]
+    submodules: None = None
+
+
+def block_spec(
+    arch: Architecture, kernels: Kernels, layers: range, *, groups: Any, experts: ExpertsConfig
+) -> TransformerBlockSubmodules:
     """Return the spec of a stage with those layers, counted over the whole model from 0."""
     norm = ModuleSpec(RMSNorm, params={"kernels": kernels})
+    dense = MLPSubmodules(
+        linear_fc1=ModuleSpec(ColumnLinear, params={"kernels": kernels}),
+        activation_func=ModuleSpec(SwiGLU, params={"kernels": kernels}),
+        linear_fc2=ModuleSpec(RowLinear, params={"kernels": kernels}),
+    )
     layer = ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(SelfAttention, params={"arch": arch, "kernels": kernels}),
+            self_attention=ModuleSpec(
+                SelfAttention if arch.latent is None else LatentAttention, params={"arch": arch, "kernels": kernels}
+            ),
             self_attn_bda=cast("type", get_bias_dropout_add),
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ModuleSpec(ColumnLinear, params={"kernels": kernels}),
-                    activation_func=ModuleSpec(SwiGLU, params={"kernels": kernels}),
-                    linear_fc2=ModuleSpec(RowLinear, params={"kernels": kernels}),
-                ),
-            ),
+            mlp=ModuleSpec(MLP, submodules=dense),
             mlp_bda=cast("type", get_bias_dropout_add),
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * len(layers), layer_norm=norm)
+    mixture: Any = Part(MoE, {"arch": arch, "kernels": kernels, "settings": experts, "shared": dense, "groups": groups})
+    parts: Any = layer.submodules
+    sparse = ModuleSpec(TransformerLayer, submodules=dataclasses.replace(parts, mlp=mixture))
+    specs = [sparse if arch.has_experts(i) else layer for i in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)

@@ -21,6 +21,7 @@ from mindspeed_core.kernels.segments import Segments
 from mindspeed_core.memory.recompute import Block
 from mindspeed_core.models import rope
 from mindspeed_core.models.attention import AttentionPlan, Cache
+from mindspeed_core.models.expert_config import ExpertsConfig
 from mindspeed_core.models.family import Architecture
 from mindspeed_core.models.layer import block_spec
 from mindspeed_core.parallel.context import ContextSplit
@@ -47,6 +48,7 @@ class LanguageModel(LanguageModule):
         pg_collection: Any,
         chunk: int | None = None,
         context: ContextSplit | None = None,
+        experts: ExpertsConfig | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.vp_stage = chunk  # Megatron's name for which of its stage's chunks this is; None where there is one
@@ -63,7 +65,7 @@ class LanguageModel(LanguageModule):
             )
         self.decoder = Block(
             config,
-            block_spec(arch, kernels, layers),
+            block_spec(arch, kernels, layers, groups=pg_collection, experts=experts or ExpertsConfig()),
             pre_process=first,
             post_process=last,
             pg_collection=pg_collection,
@@ -117,7 +119,9 @@ class LanguageModel(LanguageModule):
             Before the last stage hidden states [s, b, h]. On the last one, with labels, the fp32 sum over all tokens of
             weight * cross entropy; without, this rank's columns of the logits [b, s, padded_vocab / tp].
         """
-        hidden = self.hidden_states(tokens, positions=positions, mask=mask, cache=cache, segments=segments)
+        hidden = self.hidden_states(
+            tokens, positions=positions, mask=mask, cache=cache, segments=segments, weights=weights
+        )
         if not self.post_process:
             return hidden
         if labels is None:
@@ -150,23 +154,35 @@ class LanguageModel(LanguageModule):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         segments: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Return the hidden states [s, b, h] that this stage's layers make; the arguments are those of `forward`."""
         if positions is None:
             past = 0 if cache is None else cache.length
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        across = None
         if self.context is not None:
             assert cache is None, "a cache holds whole sequences"
             across = self.context.plan(tokens.shape[1], mask=mask, segments=segments)
             tokens, positions = self.context.share(tokens), self.context.share(positions)
         cos, sin = rope.angles(positions, self.rope_inverse, self.rope_factor, self.config.params_dtype)
-        if self.context is not None:
+        if across is not None:
             plan = AttentionPlan(cos, sin, context=across)
         else:
             plan = AttentionPlan(cos, sin, mask, cache, None if segments is None else Segments.of(segments))
         hidden = self.embedding(tokens, positions) if self.pre_process else None
-        out: Any = self.decoder(hidden, attention_mask=None, packed_seq_params=plan)
+        routed = None if weights is None or self.arch.experts is None else self._own(weights)
+        # what Megatron calls `padding_mask` goes unread to where the experts are chosen
+        out: Any = self.decoder(hidden, attention_mask=None, packed_seq_params=plan, padding_mask=routed)
         return out
+
+    def _own(self, weights: Tensor) -> Tensor:
+        """Return the weights [s, b] of the positions whose experts this rank chooses."""
+        own = (weights if self.context is None else self.context.share(weights)).T
+        if self.config.sequence_parallel:
+            tp = self.pg_collection.tp
+            own = own.chunk(tp.size())[tp.rank()]
+        return own
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return this rank's columns of the logits [s, b, padded_vocab / tp] of the last stage's hidden states [s, b, h]."""
@@ -182,8 +198,12 @@ class LanguageModel(LanguageModule):
 
     def new_cache(self, batch: int, max_length: int) -> Cache:
         """Return an empty cache for this stage's layers."""
-        weight = next(self.parameters())
-        groups = self.arch.num_query_groups // self.pg_collection.tp.size()
+        weight, latent = next(self.parameters()), self.arch.latent
+        if latent is None:
+            heads = self.arch.num_query_groups // self.pg_collection.tp.size()
+            widths = ((heads, self.arch.head_dim), (heads, self.arch.head_dim))
+        else:
+            widths = ((1, latent.rank), (1, latent.rope_dim))  # of all heads, whole on every rank
         blocks: Any = self.decoder.layers
         layers = [layer.layer_number for layer in blocks]
-        return Cache(layers, (max_length, batch, groups, self.arch.head_dim), weight.dtype, weight.device)
+        return Cache(layers, max_length, batch, widths, weight.dtype, weight.device)

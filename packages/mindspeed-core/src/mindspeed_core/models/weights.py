@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mindspeed_core.errors import InputError
 from mindspeed_core.models.family import Architecture, Family, Placed, Tensors, pad_vocab
-from mindspeed_core.parallel.mesh import Mesh
+from mindspeed_core.parallel.mesh import Axis, Mesh
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
@@ -59,17 +60,17 @@ def random_tensors(family: Family, arch: Architecture, seed: int, dtype: torch.d
     return RandomTensors(family, arch, seed, dtype)
 
 
-def parameters(
-    chunks: Sequence[Any], family: Family, arch: Architecture
-) -> Iterator[tuple[str, Placed, torch.nn.Parameter]]:
-    """Yield this rank's parameters: the global Megatron name, the row behind it, the parameter.
+def parameters(chunks: Sequence[Any], family: Family, arch: Architecture) -> Iterator[tuple[str, Placed, Tensor]]:
+    """Yield this rank's parameters and the buffers that are stored: the global Megatron name, the row behind it, the tensor.
 
     With tied embeddings the last of several stages holds a copy of the embedding under `output_layer.weight`.
     """
     rows = {placed.megatron: placed for placed in family.placed(arch)}
     for chunk in chunks:
         layers = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-        for local, parameter in chunk.named_parameters():
+        stored = chunk.state_dict(keep_vars=True)
+        buffers = ((name, buffer) for name, buffer in chunk.named_buffers() if name in stored)
+        for local, parameter in itertools.chain(chunk.named_parameters(), buffers):
             name = LAYER.sub(lambda match, layers=layers: f"decoder.layers.{layers[match[1]]}.", local)
             if name == "output_layer.weight" and arch.tied:
                 name = "embedding.word_embeddings.weight"
@@ -89,11 +90,11 @@ def load_weights(chunks: Sequence[Any], tensors: Tensors, family: Family, arch: 
             if tuple(part.shape) != shape:
                 raise InputError(f"{hf_name}: shape {list(part.shape)}, but config.json says {list(shape)}")
             parts.append(part)
-        kind = placed.row.kind
+        kind, axis = placed.row.kind, _axis(placed, mesh)
         shard = kind.shard(
             kind.pack(parts, arch),
-            rank=mesh.tp.rank,
-            size=mesh.tp.size,
+            rank=axis.rank,
+            size=axis.size,
             padded_vocab=pad_vocab(arch.vocab_size, mesh.tp.size),
         )
         if shard.shape != parameter.shape:
@@ -110,7 +111,7 @@ def mark(chunks: Sequence[Any], family: Family, arch: Architecture) -> None:
     for _name, placed, parameter in parameters([unwrap(chunk) for chunk in chunks], family, arch):
         kind = placed.row.kind
         marks: Any = parameter
-        marks.tensor_model_parallel = kind.axis is not None
+        marks.tensor_model_parallel = kind.axis is not None or placed.expert is not None
         marks.partition_dim = -1 if kind.axis is None else 1 if kind.name == "row" else 0
         marks.partition_stride = 2 if kind.name == "gated" else 1
 
@@ -121,7 +122,7 @@ def model_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, whole tensor on the host) for the whole model, on rank 0; collective.
 
-    Every rank walks the same rows in the same order. A row's shards meet on the first tp rank of their stage, which
+    Every rank walks the same rows in the same order. A row's shards meet on the first of the ranks that share it, which
     sends the whole to rank 0; one row is in memory at a time. Other ranks yield nothing.
     """
     chunks = [unwrap(chunk) for chunk in chunks]
@@ -132,41 +133,54 @@ def model_tensors(
     names: list[list[str]] = [[] for _ in range(mesh.pp.size)]
     dist.all_gather_object(names, list(held), group=mesh.pp.group)
     stages = {name: stage for stage in reversed(range(mesh.pp.size)) for name in names[stage]}
-    if mesh.dp.rank or mesh.cp.rank:
-        return
+    layers = {placed.layer: stages[placed.megatron] for placed in family.placed(arch) if placed.expert is None}
     for placed in family.placed(arch):
-        stage = stages[placed.megatron]
+        stage, owner, first = layers[placed.layer], 0, not (mesh.dp.rank or mesh.cp.rank)
+        if placed.layer is None:
+            stage = stages[placed.megatron]
+        if placed.expert is not None:  # another rank of the same stage may hold it
+            assert arch.experts is not None
+            owner = placed.expert // (arch.experts.count // mesh.ep.size)
+            first = mesh.edp.rank == 0 and mesh.ep.rank == owner
         view = None
-        if mesh.pp.rank == stage:
+        holds = first and mesh.pp.rank == stage
+        if holds:
             view = _joined(held[placed.megatron], placed, arch, mesh)
-        if stage and mesh.tp.rank == 0:
-            view = _handed(view, stage, mesh)
+        sender = (stage * mesh.ep.size + owner) * mesh.etp.size
+        if sender and (mesh.is_main or (holds and _axis(placed, mesh).rank == 0)):
+            view = _handed(view, sender, mesh)
         if mesh.is_main:
             assert view is not None
             yield from zip(placed.hf_names, placed.row.kind.unpack(view.cpu(), arch), strict=True)
 
 
+def _axis(placed: Placed, mesh: Mesh) -> Axis:
+    """Return the ranks that a row is cut over."""
+    return mesh.tp if placed.expert is None else mesh.etp
+
+
 def _joined(parameter: Tensor, placed: Placed, arch: Architecture, mesh: Mesh) -> Tensor | None:
-    kind = placed.row.kind
-    if mesh.tp.size == 1 or kind.axis is None:
-        return kind.join([parameter.detach()], arch) if mesh.tp.rank == 0 else None
-    shards = [torch.empty_like(parameter) for _ in range(mesh.tp.size)]
-    dist.all_gather(shards, parameter.detach().contiguous(), group=mesh.tp.group)
-    return kind.join(shards, arch) if mesh.tp.rank == 0 else None
+    kind, axis = placed.row.kind, _axis(placed, mesh)
+    if axis.size == 1 or kind.axis is None:
+        return kind.join([parameter.detach()], arch) if axis.rank == 0 else None
+    shards = [torch.empty_like(parameter) for _ in range(axis.size)]
+    dist.all_gather(shards, parameter.detach().contiguous(), group=axis.group)
+    return kind.join(shards, arch) if axis.rank == 0 else None
 
 
-def _handed(view: Tensor | None, stage: int, mesh: Mesh) -> Tensor | None:
-    """Send the view from `stage` to stage 0 over the pipeline group."""
-    first, sender = (dist.get_global_rank(mesh.pp.group, i) for i in (0, stage))
-    if mesh.pp.rank == stage:
+def _handed(view: Tensor | None, sender: int, mesh: Mesh) -> Tensor | None:
+    """Send the view from `sender` to rank 0, over the group of one copy of the model's experts (etp x ep x pp)."""
+    group = mesh.groups.tp_ep_pp
+    first, source = (dist.get_global_rank(group, i) for i in (0, sender))
+    if mesh.rank == source:
         assert view is not None
-        dist.send_object_list([(view.shape, view.dtype)], dst=first, group=mesh.pp.group, device=mesh.device.torch)
-        dist.send(view.contiguous(), dst=first, group=mesh.pp.group)
-    elif mesh.pp.rank == 0:
+        dist.send_object_list([(view.shape, view.dtype)], dst=first, group=group, device=mesh.device.torch)
+        dist.send(view.contiguous(), dst=first, group=group)
+    elif mesh.rank == first:
         meta: list[Any] = [None]
-        dist.recv_object_list(meta, src=sender, group=mesh.pp.group, device=mesh.device.torch)
+        dist.recv_object_list(meta, src=source, group=group, device=mesh.device.torch)
         view = torch.empty(meta[0][0], dtype=meta[0][1], device=mesh.device.torch)
-        dist.recv(view, src=sender, group=mesh.pp.group)
+        dist.recv(view, src=source, group=group)
     return view
 
 

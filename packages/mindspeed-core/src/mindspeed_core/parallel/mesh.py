@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mindspeed_core import launch, megatron
 from mindspeed_core.device import Device
@@ -35,16 +36,16 @@ class ParallelConfig(Section):
     ulysses: int = Field(1, ge=1)  # of a hybrid: how many of the cp ranks deal heads; the ring has cp / ulysses places
     cp_window: int = Field(1, ge=1)  # ranks of an inner ring; 1: a single ring
     cp_overlap: bool = False  # a second group, so that sending never waits for receiving
-    # Names the recipe format reserves; this version takes each only as it stands.
-    ep: int = 1
-    etp: int = 1
+    ep: int = Field(1, ge=1)  # expert: the experts of a layer are dealt to ep ranks; it divides the ranks of a stage
+    etp: int | None = Field(None, ge=1)  # tensor parallel degree of one expert: tp (the default), or 1
 
-    @field_validator("ep", "etp")
-    @classmethod
-    def _not_yet(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError("this version does not split a model that way yet; use 1")
-        return value
+    @model_validator(mode="after")
+    def _experts_agree(self) -> ParallelConfig:
+        if self.etp not in (None, 1, self.tp):
+            raise ValueError(
+                f"etp={self.etp}: an expert is cut over all of tp={self.tp} or not at all; use {self.tp} or 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _context_agrees(self) -> ParallelConfig:
@@ -64,6 +65,11 @@ class ParallelConfig(Section):
         return self.cp // self.ulysses_size
 
     @property
+    def expert_ranks(self) -> int:
+        """How many ranks hold one copy of the experts of a stage."""
+        return self.ep * (self.tp if self.etp is None else self.etp)
+
+    @property
     def model_ranks(self) -> int:
         """How many ranks hold one copy of the model."""
         return self.tp * self.pp * self.cp
@@ -80,8 +86,11 @@ class ParallelConfig(Section):
 
     def world_size(self, device_count: int = 1) -> int:
         """Return how many ranks to start: dp as asked, else as many copies as the devices leave room for."""
-        dp = self.dp if self.dp is not None else max(1, device_count // self.model_ranks)
-        return self.model_ranks * dp
+        if self.dp is not None:
+            return self.model_ranks * self.dp
+        # copies of the model come in as many as the experts need to be dealt to
+        copies = self.expert_ranks // math.gcd(self.expert_ranks, self.tp * self.cp)
+        return self.model_ranks * max(copies, device_count // self.model_ranks // copies * copies)
 
     def check(self, world_size: int) -> None:
         """Raise where `world_size` ranks cannot form this mesh."""
@@ -95,6 +104,11 @@ class ParallelConfig(Section):
                 f"parallel.dp={self.dp}: {world_size} ranks make dp={world_size // self.model_ranks}; "
                 "leave parallel.dp out, or start tp x pp x cp x dp ranks"
             )
+        stage = world_size // self.pp
+        places = stage * self.ep // self.expert_ranks
+        if places % self.ep or stage % self.expert_ranks:
+            what = "tp x cp x dp" if self.etp == 1 else "cp x dp"
+            raise InputError(f"parallel.ep={self.ep} does not divide {what}={places}; use a divisor of {places}")
 
 
 def context_problems(config: ParallelConfig) -> list[str]:
@@ -147,6 +161,8 @@ class Mesh:
         self.device = device
         self.groups = groups  # megatron's ProcessGroupCollection
         self.tp, self.pp, self.dp, self.cp = (axes[name] for name in ("tp", "pp", "dp", "cp"))
+        # the ranks of a stage once more, as the experts see them: etp x ep x edp = tp x cp x dp
+        self.etp, self.ep, self.edp = (axes[name] for name in ("etp", "ep", "edp"))
         self.ring, self.ulysses = axes["ring"], axes["ulysses"]  # what cp is made of: cp = ring x ulysses
         self.second_ring = axes["second ring"].group if config.cp_overlap else None
         self.rank = dist.get_rank()
@@ -175,6 +191,7 @@ class Mesh:
             config.vpp if config.vpp > 1 else None,
             context_parallel_size=config.cp,
             expert_model_parallel_size=config.ep,
+            expert_tensor_parallel_size=config.etp,
             distributed_timeout_minutes=max(1, round(timeout / 60)),
             create_gloo_process_groups=False,
         )
@@ -183,7 +200,15 @@ class Mesh:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         axes = {
             name: Axis(group.size(), group.rank(), group)
-            for name, group in (("tp", groups.tp), ("pp", groups.pp), ("dp", groups.dp), ("cp", groups.cp))
+            for name, group in (
+                ("tp", groups.tp),
+                ("pp", groups.pp),
+                ("dp", groups.dp),
+                ("cp", groups.cp),
+                ("ep", groups.ep),
+                ("etp", groups.expt_tp),
+                ("edp", groups.expt_dp),
+            )
         }
         axes |= _context_axes(config, axes["cp"], timeout)
         return cls(config, device, groups, axes, owner)

@@ -16,17 +16,37 @@ def command_option(key: str, value: object) -> str:
     return f"--{key.replace('_', '-')} {value}"
 
 
-def split_problems(arch: Architecture, *, tp: int, placement: Placement, name: Name) -> list[str]:
+def split_problems(
+    arch: Architecture, *, tp: int, placement: Placement, name: Name, ep: int = 1, etp: int | None = None
+) -> list[str]:
     """Return what keeps a model of this architecture from being split so; one line for each rule that is broken."""
     found = []
-    for what, size in (
+    widths = [
         ("num_attention_heads", arch.num_heads),
         ("num_key_value_heads", arch.num_query_groups),
-        ("intermediate_size", arch.ffn_hidden_size),
-    ):
+    ]
+    if not all(map(arch.has_experts, range(arch.num_layers))):
+        widths.append(("intermediate_size", arch.ffn_hidden_size))
+    if arch.shared_experts:
+        widths.append(("the width of the shared experts", arch.dimension("sf")))
+    for what, size in widths:
         if size % tp:
             found.append(f"{name('tp', tp)} does not divide {what}={size}; use {_divisors(size)}")
-    return found + placement.problems(name)
+    return found + _expert_problems(arch, ep=ep, etp=tp if etp is None else etp, name=name) + placement.problems(name)
+
+
+def _expert_problems(arch: Architecture, *, ep: int, etp: int, name: Name) -> list[str]:
+    if arch.experts is None:
+        return [f"{name('ep', ep)}: the model has no experts; use 1"] if ep > 1 else []
+    found = []
+    if arch.experts.count % ep:
+        found.append(
+            f"{name('ep', ep)} does not divide the {arch.experts.count} experts of a layer; use {_divisors(arch.experts.count)}"
+        )
+    if arch.experts.ffn_hidden_size % etp:
+        width = arch.experts.ffn_hidden_size
+        found.append(f"{name('etp', etp)} does not divide the width of an expert, {width}; use {_divisors(width)}")
+    return found
 
 
 def _divisors(size: int) -> str:
