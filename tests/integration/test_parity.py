@@ -32,10 +32,22 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2 cp2": (4, {"pp": 2, "cp": 2}, {}),
     "cp2 dp2 ulysses distributed": (4, {"cp": 2, "cp_algorithm": "ulysses", "dp": 2}, {"distributed": True}),
 }
+PIPELINES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # of four layers
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, {}),
+    "pp2 vpp2 noop": (2, {"pp": 2, "vpp": 2, "noop_layers": [1, 2, 3, 6]}, {}),  # stage 1, chunk 0 is empty
+    "pp2 noop": (2, {"pp": 2, "noop_layers": [0, 5]}, {}),
+    "pp2 1+3": (2, {"pp": 2, "layers_per_stage": [1, 3]}, {}),
+    "pp2 3+1": (2, {"pp": 2, "layers_per_stage": [3, 1]}, {}),
+    "pp4": (4, {"pp": 4}, {}),
+    "pp2 vpp2 dp2 distributed": (4, {"pp": 2, "vpp": 2, "dp": 2}, {"distributed": True}),
+    "tp2 pp2 vpp2 sp": (4, {"tp": 2, "pp": 2, "vpp": 2, "sp": True}, {}),
+}
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "three layers": {"num_hidden_layers": 3},  # no two stages share them equally
+    "four layers": {"num_hidden_layers": 4},
+    "four layers tied": {"num_hidden_layers": 4, "tie_word_embeddings": True},
     # query and key norms: replicated weights whose gradients come from split heads
     "qwen3": {"preset": "qwen3-0.6b", "tie_word_embeddings": False},
 }
@@ -66,6 +78,9 @@ def _rows() -> list[Any]:
     rows += [(layout, "tied", "pretrain") for layout in LAYOUTS if "cp" not in layout or layout == "pp2 cp2"]
     rows += [(layout, "qwen3", "pretrain") for layout in ("tp2 sp", "pp2")]
     rows += [(layout, "three layers", "pretrain") for layout in ("pp2", "pp2 dp2 distributed")]
+    rows += [(layout, "four layers", "pretrain") for layout in PIPELINES]
+    rows += [(layout, "four layers tied", "pretrain") for layout in ("pp2 vpp2", "pp2 vpp2 dp2 distributed")]
+    rows += [("pp2 vpp2", "four layers", "sft")]
     # samples of very different lengths: a mean over micro batches or ranks would weigh their tokens differently
     rows += [(layout, "untied", "sft") for layout in ("pp2", "dp2 distributed", "tp2 pp2 sp")]
     rows += [(layout, "untied", "sft") for layout in ("cp2 ring", "pp2 cp2", "cp4 hybrid")]
@@ -76,7 +91,7 @@ def _rows() -> list[Any]:
 def test_a_split_run_equals_one_process(
     layout: str, model: str, task: str, where: Path, alone: Any, tmp_path: Path
 ) -> None:
-    world, parallel, optim = LAYOUTS[layout]
+    world, parallel, optim = {**LAYOUTS, **PIPELINES}[layout]
     recipe = runs.values(where, tmp_path, task, model={**runs.SIZES, **MODELS[model]}, parallel=parallel, optim=optim)
     one, folder = alone(model, task)
     split = runs.train(recipe, task, world=world)
