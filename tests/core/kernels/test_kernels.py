@@ -73,6 +73,47 @@ def test_rms_norm_swiglu_and_rotary_follow_their_formulas():
     torch.testing.assert_close(rotary.reference(q, both.cos(), both.sin()), torch.cat((turned.real, turned.imag), -1))
 
 
+def _pointwise(dtype: torch.dtype) -> list[tuple[Any, Any, list[Tensor], tuple[Any, ...]]]:
+    """(side, reference, inputs with a gradient, other inputs)"""
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype)
+
+    angle = torch.rand(5, 1, 1, 4, dtype=dtype) * 6
+    angles = torch.cat((angle, angle + 1), -1)  # the halves need not agree
+    return [
+        (rms_norm.cpu, rms_norm.reference, [random(5, 3, 8), random(8)], (1e-5,)),
+        (rms_norm.cpu, rms_norm.reference, [random(5, 8, 3).mT, random(8)], (0.1,)),
+        (rotary.cpu, rotary.reference, [random(5, 2, 3, 8)], (angles.cos(), angles.sin())),
+        (rotary.cpu, rotary.reference, [random(5, 3, 2, 8).transpose(1, 2)], (angles.cos(), angles.sin())),
+    ]
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_the_sides_of_a_cpu_pass_gradcheck(case: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rms_norm, "CACHED", 8 * 4)  # several parts, the last one short
+    side, reference, inputs, others = _pointwise(torch.float64)[case]
+    inputs = [x.requires_grad_() for x in inputs]
+    torch.testing.assert_close(side(*inputs, *others), reference(*inputs, *others))
+    assert torch.autograd.gradcheck(lambda *x: side(*x, *others), inputs)
+
+
+@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)], ids=str)
+def test_the_sides_of_a_cpu_are_as_exact_as_the_reference(case: int, dtype: torch.dtype, error: float):
+    side, reference, inputs, others = _pointwise(dtype)[case]
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = side(*inputs, *others)
+    oracle = reference(*exact, *(x.double() if isinstance(x, Tensor) else x for x in others))
+    grad = torch.randn_like(out)
+    pairs = zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(oracle, exact, grad.double()), strict=True)
+    for ours, theirs in ((out, oracle), *pairs):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).abs().max() < error * theirs.abs().max()
+
+
 def _head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     labels = torch.randint(0, 13, (11,))
@@ -207,8 +248,8 @@ def test_the_product_of_a_cpu_passes_gradcheck():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_of_weights_are_added_to_main_grad(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(matmul, "PIECE", 64 * 5)  # several pieces, the last one short
-    weight: Any
-    x, weight, grad = _linear_cases(17, 3, dtype)
+    x, leaf, grad = _linear_cases(17, 3, dtype)
+    weight: Any = leaf
     plain = torch.autograd.grad(matmul.cpu(x, weight), weight, grad)[0]
     before = torch.randn(48, 64)
     weight.main_grad = before.clone()

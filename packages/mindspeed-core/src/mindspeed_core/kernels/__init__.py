@@ -63,9 +63,9 @@ class Kernels:
 
 SIDES: dict[str, dict[str, Any]] = {
     "attention": {"reference": attention.reference, "cpu": attention.cpu, "npu": attention.npu},
-    "rms_norm": {"reference": rms_norm.reference, "npu": rms_norm.npu},
+    "rms_norm": {"reference": rms_norm.reference, "cpu": rms_norm.cpu, "npu": rms_norm.npu},
     "swiglu": {"reference": swiglu.reference, "npu": swiglu.npu},
-    "rotary": {"reference": rotary.reference, "npu": rotary.npu},
+    "rotary": {"reference": rotary.reference, "cpu": rotary.cpu, "npu": rotary.npu},
     "matmul": {"reference": matmul.native, "cpu": matmul.cpu},
     "grouped_matmul": {"reference": grouped_matmul.reference, "cpu": grouped_matmul.cpu, "npu": grouped_matmul.npu},
     "permute": {"reference": permute.REFERENCE, "npu": permute.NPU},
