@@ -163,7 +163,7 @@ def npu(
         scale=scale,
         sparse_mode=sparse_mode,
     )[0]
-    return out.unflatten(2, q.shape[2:])
+    return out.unflatten(2, (q.shape[2], -1))
 
 
 def _npu_documents(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:

@@ -98,7 +98,8 @@ def _reference_backward(
     grad_q = torch.einsum("bnst,tbnd->sbnd", inner, _wide(k).repeat_interleave(repeat, 2))
     grad_k = torch.einsum("bnst,sbnd->tbnd", inner, _wide(q))
     grad_v = torch.einsum("bnst,sbne->tbne", probabilities, grad)
-    return grad_q, *(x.unflatten(2, (groups, repeat)).sum(3) for x in (grad_k, grad_v))
+    grad_k, grad_v = (x.unflatten(2, (groups, repeat)).sum(3) for x in (grad_k, grad_v))
+    return grad_q, grad_k, grad_v
 
 
 class _Part(NamedTuple):
@@ -225,10 +226,8 @@ def _blocked_backward(
         for total, left, right in ((grad_k, inner, rows), (grad_v, flat, mine)):
             product = torch.bmm(left.transpose(1, 2), right)
             total[part.rows, :, part.keys] += product.unflatten(0, (-1, g)).to(dtype)
-    return (
-        grad_q.permute(3, 0, 1, 2, 4).flatten(2, 3),
-        *(x.permute(2, 0, 1, 3) for x in (grad_k, grad_v)),
-    )
+    grad_k, grad_v = (x.permute(2, 0, 1, 3) for x in (grad_k, grad_v))
+    return grad_q.permute(3, 0, 1, 2, 4).flatten(2, 3), grad_k, grad_v
 
 
 class _NpuCall(NamedTuple):
