@@ -42,7 +42,23 @@ PIPELINES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # of four 
     "pp2 vpp2 dp2 distributed": (4, {"pp": 2, "vpp": 2, "dp": 2}, {"distributed": True}),
     "tp2 pp2 vpp2 sp": (4, {"tp": 2, "pp": 2, "vpp": 2, "sp": True}, {}),
 }
+EXPERTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "ep2": (2, {"ep": 2}, {}),
+    "ep2 allgather": (2, {"ep": 2}, {}),
+    "ep2 distributed": (2, {"ep": 2}, {"distributed": True}),
+    "ep2 dp4 distributed": (4, {"ep": 2, "dp": 4}, {"distributed": True}),
+    "ep2 cp2": (2, {"ep": 2, "cp": 2}, {}),
+    "pp2 ep2": (4, {"pp": 2, "ep": 2}, {}),
+    "tp2 sp etp1": (2, {"tp": 2, "sp": True, "etp": 1}, {}),
+    "tp2 sp etp1 ep2": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2}, {"distributed": True}),
+    "tp2 sp ep2": (4, {"tp": 2, "sp": True, "ep": 2}, {"distributed": True}),
+    "tp2 sp etp1 ep4 allgather": (4, {"tp": 2, "sp": True, "etp": 1, "ep": 4}, {}),
+}
+SECTIONS: dict[str, dict[str, Any]] = {  # of the recipe, beside parallel and optim
+    layout: {"experts": {"dispatcher": "allgather", "grouped": False}} for layout in EXPERTS if "allgather" in layout
+}
 MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": {"preset": "mixtral-8x7b", "num_local_experts": 4},
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "three layers": {"num_hidden_layers": 3},  # no two stages share them equally
@@ -84,6 +100,8 @@ def _rows() -> list[Any]:
     # samples of very different lengths: a mean over micro batches or ranks would weigh their tokens differently
     rows += [(layout, "untied", "sft") for layout in ("pp2", "dp2 distributed", "tp2 pp2 sp")]
     rows += [(layout, "untied", "sft") for layout in ("cp2 ring", "pp2 cp2", "cp4 hybrid")]
+    rows += [(layout, "mixtral", "pretrain") for layout in EXPERTS]
+    rows += [(layout, "mixtral", "sft") for layout in ("ep2", "tp2 sp ep2")]
     return [pytest.param(*row, id=" ".join(row).replace(" ", "-")) for row in rows]
 
 
@@ -91,14 +109,15 @@ def _rows() -> list[Any]:
 def test_a_split_run_equals_one_process(
     layout: str, model: str, task: str, where: Path, alone: Any, tmp_path: Path
 ) -> None:
-    world, parallel, optim = {**LAYOUTS, **PIPELINES}[layout]
-    recipe = runs.values(where, tmp_path, task, model={**runs.SIZES, **MODELS[model]}, parallel=parallel, optim=optim)
+    world, parallel, optim = {**LAYOUTS, **PIPELINES, **EXPERTS}[layout]
+    sections = {"parallel": parallel, "optim": optim, **SECTIONS.get(layout, {})}
+    recipe = runs.values(where, tmp_path, task, model={**runs.SIZES, **MODELS[model]}, **sections)
     one, folder = alone(model, task)
     split = runs.train(recipe, task, world=world)
     assert [line["step"] for line in split] == list(range(1, 11))
     assert one[-1]["loss"] < one[0]["loss"] - 0.2  # it learns, so there is something to compare
     assert [line["tokens"] for line in split] == [line["tokens"] for line in one]
-    for name in ("loss", "grad_norm"):
+    for name in {"loss", "grad_norm", "aux_loss"} & one[0].keys():
         assert [line[name] for line in split] == pytest.approx([line[name] for line in one], rel=RELATIVE), name
     expected = runs.stored(folder / "checkpoints" / "step_10")
     for key, tensor in runs.stored(tmp_path / "checkpoints" / "step_10").items():

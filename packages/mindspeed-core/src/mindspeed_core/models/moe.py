@@ -169,6 +169,16 @@ class Experts(MegatronModule):
             return product(self.kernels.swiglu(inner), [expert.linear_fc2.weight for expert in experts], counts)
         return torch.cat([expert(part, self.kernels) for expert, part in zip(experts, rows.split(counts), strict=True)])
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, **_: Any
+    ) -> ShardedStateDict:
+        """Ask every expert: Megatron takes what lies in a container of torch to be whole on every rank."""
+        state: ShardedStateDict = {}
+        experts: list[tuple[str, Any]] = list(self.local_experts.items())
+        for number, expert in experts:
+            state |= expert.sharded_state_dict(f"{prefix}local_experts.{number}.", sharded_offsets, metadata)
+        return state
+
 
 class Expert(MegatronModule):
     """The weights of one expert, or of this rank's slice of it."""
