@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed_core.parallel.pipeline import Placement
@@ -28,6 +28,7 @@ def placements(draw: st.DrawFn) -> Placement:
     return Placement(num_layers=slots - len(noops), pp=pp, vpp=vpp, noop_layers=tuple(sorted(noops)))
 
 
+@settings(deadline=None)
 @given(placements())
 def test_every_layer_has_one_place_and_the_model_runs_through_them_in_order(placement: Placement) -> None:
     assert placement.problems(recipe_key) == []
@@ -51,6 +52,7 @@ def test_every_layer_has_one_place_and_the_model_runs_through_them_in_order(plac
     assert [place for place in placement.chunks if placement.is_last(*place)] == placement.chunks[-1:]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 100), st.data())
 def test_stages_that_share_the_layers_differ_by_one_at_most(layers: int, data: st.DataObject) -> None:
     placement = Placement(num_layers=layers, pp=data.draw(st.integers(1, layers)))
@@ -60,6 +62,7 @@ def test_stages_that_share_the_layers_differ_by_one_at_most(layers: int, data: s
     assert placement.even == (sizes[0] == sizes[-1])
 
 
+@settings(deadline=None)
 @given(st.integers(2, 5), st.integers(2, 4), st.integers(1, 4))
 def test_chunks_lie_where_megatron_has_them(pp: int, vpp: int, each: int) -> None:
     placement = Placement(num_layers=pp * vpp * each, pp=pp, vpp=vpp)
