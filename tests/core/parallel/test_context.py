@@ -179,13 +179,13 @@ def test_heads_that_cannot_be_dealt_are_told_with_the_ranks_that_can() -> None:
 @pytest.mark.parametrize(
     ("keys", "fault"),
     [
-        ({"cp": 4, "ulysses": 2}, "parallel.ulysses=2: is for parallel.cp_algorithm=hybrid, not ring; leave it out"),
-        ({"cp": 12, "cp_algorithm": "hybrid", "ulysses": 5}, "does not divide parallel.cp=12 into a ring of at least 2; "
+        ({"cp": 4, "ulysses": 2}, "ulysses: 2 is for cp_algorithm=hybrid, not ring; leave it out"),
+        ({"cp": 12, "cp_algorithm": "hybrid", "ulysses": 5}, "ulysses: 5 does not divide cp=12 into a ring of at least 2; "
                                                             "use 2 or 3 or 4 or 6"),
         ({"cp": 3, "cp_algorithm": "hybrid", "ulysses": 3}, "use cp_algorithm ring or ulysses, or cp=4"),
-        ({"cp": 6, "cp_window": 4}, "parallel.cp_window=4 does not divide the ring of 6; use 1 or 2 or 3 or 6"),
+        ({"cp": 6, "cp_window": 4}, "cp_window: 4 does not divide the ring of 6; use 1 or 2 or 3 or 6"),
         ({"cp": 4, "cp_algorithm": "hybrid", "ulysses": 2, "cp_window": 4}, "the ring of 2; use 1 or 2"),
-        ({"cp": 2, "cp_algorithm": "ulysses", "cp_overlap": True}, "parallel.cp_overlap: is for a ring of at least 2 ranks"),
+        ({"cp": 2, "cp_algorithm": "ulysses", "cp_overlap": True}, "cp_overlap: is for a ring of at least 2 ranks"),
     ],
 )  # fmt: skip
 def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], fault: str) -> None:

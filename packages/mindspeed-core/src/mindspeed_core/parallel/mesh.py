@@ -116,13 +116,11 @@ def context_problems(config: ParallelConfig) -> list[str]:
     cp, ulysses, window = config.cp, config.ulysses, config.cp_window
     problems = []
     if config.cp_algorithm != "hybrid" and ulysses != 1:
-        problems.append(
-            f"parallel.ulysses={ulysses}: is for parallel.cp_algorithm=hybrid, not {config.cp_algorithm}; leave it out"
-        )
+        problems.append(f"ulysses: {ulysses} is for cp_algorithm=hybrid, not {config.cp_algorithm}; leave it out")
     if config.cp_algorithm == "hybrid" and (cp % ulysses or not 1 < ulysses < cp):
         fitting = [str(n) for n in range(2, cp) if cp % n == 0]
         problems.append(
-            f"parallel.ulysses={ulysses} does not divide parallel.cp={cp} into a ring of at least 2; "
+            f"ulysses: {ulysses} does not divide cp={cp} into a ring of at least 2; "
             + (f"use {' or '.join(fitting)}" if fitting else "use cp_algorithm ring or ulysses, or cp=4")
         )
     if problems:
@@ -130,10 +128,10 @@ def context_problems(config: ParallelConfig) -> list[str]:
     if config.ring_size % window:
         fitting = [str(n) for n in range(1, config.ring_size + 1) if config.ring_size % n == 0]
         problems.append(
-            f"parallel.cp_window={window} does not divide the ring of {config.ring_size}; use {' or '.join(fitting)}"
+            f"cp_window: {window} does not divide the ring of {config.ring_size}; use {' or '.join(fitting)}"
         )
     if config.cp_overlap and config.ring_size == 1:
-        problems.append("parallel.cp_overlap: is for a ring of at least 2 ranks; leave it out, or set parallel.cp")
+        problems.append("cp_overlap: is for a ring of at least 2 ranks; leave it out, or set cp")
     return problems
 
 
