@@ -117,6 +117,9 @@ LAYOUTS = {
     "dp2 distributed": (2, {"dp": 2}, {"distributed": True}),
     "tp2 pp2": (4, {"tp": 2, "pp": 2}, {}),
     "tp2 dp2 distributed": (4, {"tp": 2, "dp": 2}, {"distributed": True}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, {}),
+    "pp2 1+3": (2, {"pp": 2, "layers_per_stage": [1, 3]}, {}),
+    "pp2 vpp2 noop distributed": (4, {"pp": 2, "vpp": 2, "noop_layers": [1, 2, 3, 6], "dp": 2}, {"distributed": True}),
 }
 
 
@@ -127,6 +130,10 @@ LAYOUTS = {
         ("dp2 distributed", "tp2", "bf16", False),
         ("pp2", "tp2 dp2 distributed", "bf16", True),
         ("tp2 dp2 distributed", "pp2", "fp32", False),
+        ("pp2 vpp2", "pp2 1+3", "bf16", True),
+        ("pp2 1+3", "pp2 vpp2 noop distributed", "bf16", True),
+        ("pp2 vpp2 noop distributed", "pp2 vpp2", "fp32", False),
+        ("pp2 vpp2", "one", "fp32", True),
     ],
 )
 def test_any_layout_reads_what_another_wrote(tmp_path: Path, one: str, other: str, precision: str, tied: bool) -> None:

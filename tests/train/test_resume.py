@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}, {}),
     "pp2": (2, {"pp": 2}, {}),
     "tp2 pp2 sp": (4, {"tp": 2, "pp": 2, "sp": True}, {}),
+    "pp2 vpp2 noop": (2, {"pp": 2, "vpp": 2, "noop_layers": [1, 2]}, {}),
 }
 
 
@@ -48,6 +49,7 @@ def _numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ("dp2 distributed", "pretrain", "bf16"),
         ("dp2 distributed", "sft", "fp32"),
         ("tp2 pp2 sp", "pretrain", "fp32"),
+        ("pp2 vpp2 noop", "sft", "bf16"),
     ],
 )
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(
@@ -68,7 +70,15 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("tp2", "pp2"), ("one", "dp2 distributed"), ("dp2 distributed", "tp2 pp2 sp"), ("pp2", "one")]
+    ("before", "after"),
+    [
+        ("tp2", "pp2"),
+        ("tp2", "pp2 vpp2 noop"),
+        ("pp2 vpp2 noop", "dp2 distributed"),
+        ("one", "dp2 distributed"),
+        ("dp2 distributed", "tp2 pp2 sp"),
+        ("pp2", "one"),
+    ],
 )
 def test_a_run_goes_on_in_another_layout(before: str, after: str, where: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
