@@ -244,3 +244,23 @@ def test_an_attached_loss_gets_its_gradient_whatever_that_of_the_tensor():
     x, other = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
     (balance.attach(x, (other * torch.tensor([2.0, 3.0])).sum()) * 100).sum().backward()
     assert [tensor.grad.tolist() for tensor in (x, other) if tensor.grad is not None] == [[100.0] * 3, [2.0, 3.0]]
+
+
+class _Router(torch.nn.Module):
+    """What `update_biases` sees of a router."""
+
+    def __init__(self, counts: list[float], rate: float) -> None:
+        super().__init__()
+        self.tally = balance.Tally()
+        self.experts = _experts("noaux_tc", bias=True, bias_update_rate=rate)
+        self.expert_bias = torch.tensor([0.5, 0.0, -0.5, 0.0])
+        self.counts = torch.tensor(counts).float()
+
+
+def test_a_bias_rises_where_an_expert_had_less_than_the_mean():
+    routers = torch.nn.ModuleList([_Router([1, 2, 3, 6], 0.1), _Router([8, 0, 2, 2], 0.2)])
+    balance.update_biases([routers], _Alone())  # type: ignore[arg-type]
+    found: list[Any] = list(routers)
+    assert found[0].expert_bias.tolist() == pytest.approx([0.6, 0.1, -0.5, -0.1])
+    assert found[1].expert_bias.tolist() == pytest.approx([0.3, 0.2, -0.3, 0.2])
+    assert not any(router.counts.any() for router in found)

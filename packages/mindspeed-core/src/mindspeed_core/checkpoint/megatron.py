@@ -69,6 +69,8 @@ class Layout:
 
     def problems(self, arch: Architecture) -> list[str]:
         """Return why a model of this architecture cannot be cut so; empty if it can."""
+        if arch.experts is not None:
+            return ["a model with experts is not written as a Megatron folder by this version; convert it with hf"]
         return split_problems(arch, tp=self.tp, placement=self.placement(arch), name=command_option)
 
     def padded_vocab(self, arch: Architecture) -> int:
@@ -242,6 +244,10 @@ class MegatronTensors(PackedTensors):
 
     def __init__(self, folder: Path, family: Family, arch: Architecture) -> None:
         super().__init__(family, arch)
+        if arch.experts is not None:
+            raise InputError(
+                f"{folder}: is of a model with experts; this version reads Megatron folders of dense models only"
+            )
         files = _rank_files(folder)
         documents = {rank: read_torch_file(path) for rank, path in files.items()}
         self.args = _arguments(next(iter(documents.values())))

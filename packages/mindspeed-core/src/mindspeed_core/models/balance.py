@@ -106,7 +106,8 @@ def update_biases(chunks: Sequence[Any], group: dist.ProcessGroup) -> None:
     if not routers:
         return
     counts = torch.stack([router.counts for router in routers])
-    dist.all_reduce(counts, group=group)
+    if group.size() > 1:
+        dist.all_reduce(counts, group=group)
     ahead = counts.mean(1, keepdim=True) - counts
     for router, difference in zip(routers, ahead.sign(), strict=True):
         router.expert_bias += router.experts.bias_update_rate * difference
