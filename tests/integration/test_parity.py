@@ -32,6 +32,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2 cp2": (4, {"pp": 2, "cp": 2}, {}),
     "cp2 dp2 ulysses distributed": (4, {"cp": 2, "cp_algorithm": "ulysses", "dp": 2}, {"distributed": True}),
 }
+OVERLAP = {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 PIPELINES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # of four layers
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, {}),
     "pp2 vpp2 noop": (2, {"pp": 2, "vpp": 2, "noop_layers": [1, 2, 3, 6]}, {}),  # stage 1, chunk 0 is empty
@@ -40,6 +41,9 @@ PIPELINES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # of four 
     "pp2 3+1": (2, {"pp": 2, "layers_per_stage": [3, 1]}, {}),
     "pp4": (4, {"pp": 4}, {}),
     "pp2 vpp2 dp2 distributed": (4, {"pp": 2, "vpp": 2, "dp": 2}, {"distributed": True}),
+    "pp2 vpp2 dp2 overlap": (4, {"pp": 2, "vpp": 2, "dp": 2}, OVERLAP),
+    "dp2 overlap": (2, {"dp": 2}, OVERLAP),
+    "dp2 overlap of the sum": (2, {"dp": 2}, {"overlap_grad_reduce": True}),
     "tp2 pp2 vpp2 sp": (4, {"tp": 2, "pp": 2, "vpp": 2, "sp": True}, {}),
 }
 EXPERTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -97,6 +101,7 @@ def _rows() -> list[Any]:
     rows += [(layout, "four layers", "pretrain") for layout in PIPELINES]
     rows += [(layout, "four layers tied", "pretrain") for layout in ("pp2 vpp2", "pp2 vpp2 dp2 distributed")]
     rows += [("pp2 vpp2", "four layers", "sft")]
+    rows += [(layout, "four layers tied", "sft") for layout in ("dp2 overlap", "pp2 vpp2 dp2 overlap")]
     # samples of very different lengths: a mean over micro batches or ranks would weigh their tokens differently
     rows += [(layout, "untied", "sft") for layout in ("pp2", "dp2 distributed", "tp2 pp2 sp")]
     rows += [(layout, "untied", "sft") for layout in ("cp2 ring", "pp2 cp2", "cp4 hybrid")]

@@ -25,7 +25,7 @@ from mindspeed_core.kernels import select
 from mindspeed_core.models.build import build_model
 from mindspeed_core.models.weights import load_weights, mark, random_tensors
 from mindspeed_core.optim.build import build_optimizer, set_lr
-from mindspeed_core.parallel.data import wrap_data_parallel
+from mindspeed_core.parallel.data import gather_parameters, wrap_data_parallel
 from mindspeed_core.parallel.mesh import Mesh
 from mindspeed_data.batches import batches
 from mindspeed_train.config import Recipe
@@ -110,6 +110,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this step; collective."""
+        gather_parameters(self.chunks)
         keep = self.recipe.checkpoint.keep
         path = native.save(self.checkpoints, self.state, self.progress, assets=self.folder / ASSETS, keep=keep)
         self.saved = self.progress.step

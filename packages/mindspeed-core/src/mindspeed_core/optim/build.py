@@ -26,13 +26,13 @@ class OptimConfig(Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     distributed: bool = False  # cut masters and moments over the data-parallel ranks
+    overlap_grad_reduce: bool = False  # sum gradients over the copies while the last backward goes on
+    overlap_param_gather: bool = False  # gather what was updated elsewhere while the next forward goes on
     # Names the recipe format reserves; this version takes each only as it stands.
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
     reuse_fp32_param: bool = False
     bf16_states: bool = False
 
-    @field_validator("overlap_grad_reduce", "overlap_param_gather", "reuse_fp32_param", "bf16_states")
+    @field_validator("reuse_fp32_param", "bf16_states")
     @classmethod
     def _not_yet(cls, value: bool) -> bool:
         if value:
@@ -45,6 +45,12 @@ class OptimConfig(Section):
         if value >= 1 and value != int(value):
             raise ValueError(f"{value:g} is neither a fraction below 1 nor a whole number of steps")
         return value
+
+    @model_validator(mode="after")
+    def _has_something_to_gather(self) -> OptimConfig:
+        if self.overlap_param_gather and not self.distributed:
+            raise ValueError("overlap_param_gather: only a distributed optimizer gathers; set optim.distributed too")
+        return self
 
     @model_validator(mode="after")
     def _falls(self) -> OptimConfig:

@@ -6,6 +6,9 @@
 
 Dividing once, by the tokens of all, is what makes the gradient that of one process, whatever the split and however
 long the samples are.
+
+Either collective can run beside the computation: gradients are summed bucket by bucket while the last backward goes on, and
+what the distributed optimizer has updated on one rank is gathered layer by layer while the next forward goes on.
 """
 
 from __future__ import annotations
@@ -19,11 +22,9 @@ from mindspeed_core.parallel.mesh import Mesh
 
 def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> list[Any]:
     """Return the model's chunks with their gradient buffers, ready for `build_optimizer` and the schedules."""
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
+    from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+
+    from mindspeed_core.parallel.model_copy import ModelCopy
 
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -32,9 +33,14 @@ def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> li
         use_distributed_optimizer=config.distributed,
     )
     wrapped = [
-        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=place > 0, pg_collection=mesh.groups)
+        ModelCopy(chunk.config, settings, chunk, disable_bucketing=place > 0, pg_collection=mesh.groups)
         for place, chunk in enumerate(chunks)
     ]
+
+    if config.overlap_grad_reduce:
+        # until the last micro batch a backward must not start the sum; the schedules ask for a list where there are chunks
+        silent = [chunk.no_sync for chunk in wrapped]
+        wrapped[0].config.no_sync_func = silent if len(silent) > 1 else silent[0]
 
     def finalize(*args: Any, **kwargs: Any) -> None:
         finalize_model_grads(*args, **kwargs)
@@ -44,3 +50,10 @@ def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> li
         assert chunk.config.calculate_per_token_loss, "the loss must be a sum over tokens"
         chunk.config.finalize_model_grads_func = finalize
     return wrapped
+
+
+def gather_parameters(chunks: list[Any]) -> None:
+    """Make every rank hold what the optimizer has updated elsewhere; collective. Needed before weights are read, not trained."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
