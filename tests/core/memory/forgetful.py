@@ -55,15 +55,15 @@ def micro_batches(number: int) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-def run(mesh: Mesh, chunks: list[Any], number: int) -> list[float]:
-    """Run micro batches through the schedule of the mesh; the gradients lie in `grad`. Return the losses."""
+def run(mesh: Mesh, chunks: list[Any], number: int, *, start: int = 0, stride: int = 1) -> list[float]:
+    """Run `number` micro batches, every `stride`-th from `start` on, through the schedule of the mesh; return their losses."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Any, model: Any) -> Any:
         output = model(**next(iterator))
         return output, lambda out: (out, torch.tensor(1), out.detach())
 
-    data = [iter(micro_batches(number)) for _ in chunks]
+    data = [iter(micro_batches(start + number * stride)[start::stride]) for _ in chunks]
     losses = get_forward_backward_func(mesh.pp.size, len(chunks) if len(chunks) > 1 else None)(
         forward_step_func=step,
         data_iterator=data if len(chunks) > 1 else data[0],

@@ -139,6 +139,16 @@ def _experts_fit(case: Case) -> str | None:
     return "\n".join(case.recipe.experts.problems(_architecture(case))) or None
 
 
+def _narrow_optimizer_needs_bf16(case: Case) -> str | None:
+    return "\n".join(case.recipe.optim.precision_problems(case.recipe.precision)) or None
+
+
+def _turns_go_round_chunks(case: Case) -> str | None:
+    if case.recipe.memory.recompute_per_rank and case.recipe.parallel.vpp == 1:
+        return "memory.recompute_per_rank: counts over the chunks of a stage, and vpp=1 makes one; leave it out, or set parallel.vpp"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         keys=("parallel.sp", "parallel.tp"),
@@ -159,6 +169,16 @@ RULES: tuple[Rule, ...] = (
         keys=("train.eval_every", "data.valid", "data.split"),
         says="Evaluation needs `data.valid` or `data.split`.",
         fault=_evaluation_has_data,
+    ),
+    Rule(
+        keys=("optim.reuse_fp32_param", "optim.bf16_states", "optim.bf16_grads", "precision"),
+        says="`reuse_fp32_param`, `bf16_states` and `bf16_grads` need `precision: bf16`.",
+        fault=_narrow_optimizer_needs_bf16,
+    ),
+    Rule(
+        keys=("memory.recompute_per_rank", "parallel.vpp"),
+        says="`recompute_per_rank` needs `vpp` of at least 2.",
+        fault=_turns_go_round_chunks,
     ),
     Rule(
         keys=("data.split", "data.valid"),

@@ -20,6 +20,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,10 +123,16 @@ def _begin(aside: Path) -> None:
 
 
 def _write(aside: Path, state: State) -> list[tuple[str, tuple[int, ...], torch.dtype, Any]]:
-    random = _random_pieces(state.mesh, _random_states(state.mesh))
-    pieces = [piece for piece in (*_pieces(state), *random) if piece.writes]
-    boxes = write_boxes(aside, state.mesh.rank, [(piece.key, piece.offset, piece.data) for piece in pieces])
-    return [(key, piece.shape, dtype, box) for piece, (key, dtype, box) in zip(pieces, boxes, strict=True)]
+    shapes = []
+
+    def boxes() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:  # one by one: some are copies
+        for piece in chain(_pieces(state), _random_pieces(state.mesh, _random_states(state.mesh))):
+            if piece.writes:
+                shapes.append(piece.shape)
+                yield piece.key, piece.offset, piece.data
+
+    written = write_boxes(aside, state.mesh.rank, boxes())
+    return [(key, shape, dtype, box) for shape, (key, dtype, box) in zip(shapes, written, strict=True)]
 
 
 def _finish(
@@ -183,7 +190,8 @@ def _load(path: Path, state: State) -> Progress:
     same_layout = all(meta.get(key) == value for key, value in _layout(state.mesh).items())
     wanted: dict[str, list[Piece]] = {}
     random = {name: torch.empty_like(value) for name, value in _random_states(state.mesh).items()}
-    for piece in (*_pieces(state), *(_random_pieces(state.mesh, random) if same_layout else ())):
+    loaded: list[Callable[[], None]] = []
+    for piece in (*_pieces(state, loaded), *(_random_pieces(state.mesh, random) if same_layout else ())):
         key = piece.key
         if key not in tensors and piece.instead is not None:
             key = piece.instead
@@ -197,6 +205,8 @@ def _load(path: Path, state: State) -> Progress:
         wanted.setdefault(key, []).append(piece)
     for key, pieces in wanted.items():
         _fill(path, key, tensors[key], pieces)
+    for done in loaded:
+        done()
     for inner in state.optimizer.chained_optimizers:
         for group in inner.param_groups:
             group["step"] = meta["optimizer_step"]
@@ -223,11 +233,11 @@ def _fill(path: Path, key: str, stored: Stored, pieces: list[Piece]) -> None:
         raise InputError(f"{path}: {missing} elements of {key} are not stored; use another checkpoint")
 
 
-def _pieces(state: State) -> Iterator[Piece]:
+def _pieces(state: State, loaded: list[Callable[[], None]] | None = None) -> Iterator[Piece]:
     weights = weight_pieces(state.chunks, state.vocab_size)
     for _, pieces in weights:
         yield from pieces
-    yield from optimizer_pieces(state.optimizer, weights)
+    yield from optimizer_pieces(state.optimizer, weights, loaded)
 
 
 def _layout(mesh: Mesh) -> dict[str, Any]:

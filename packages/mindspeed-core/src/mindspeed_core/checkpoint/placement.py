@@ -15,8 +15,10 @@ so every layout reads what any other has written, and nobody gathers anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -68,14 +70,21 @@ def weight_pieces(chunks: list[Any], vocab_size: int) -> list[tuple[Tensor, list
     return list(found.values())
 
 
-def optimizer_pieces(optimizer: Any, weights: list[tuple[Tensor, list[Piece]]]) -> Iterator[Piece]:
-    """Yield the boxes of the moments, and of the fp32 masters where the weights themselves are not fp32."""
+def optimizer_pieces(
+    optimizer: Any, weights: list[tuple[Tensor, list[Piece]]], loaded: list[Callable[[], None]] | None = None
+) -> Iterator[Piece]:
+    """Yield the boxes of the moments, and of the fp32 masters where the weights themselves are not fp32.
+
+    Some may be copies of what is stored in another way: `loaded` gets what is to be called when all have been filled.
+    """
     places = {id(param): pieces for param, pieces in weights}
     for inner in optimizer.chained_optimizers:
         for param, start, stop, main in _mains(inner):
-            tensors = dict(inner.optimizer.init_state(main))
+            tensors = inner.optimizer.held(main)
+            if loaded is not None:
+                loaded.append(partial(inner.optimizer.hold, main, tensors))
             if param.dtype != torch.float32:
-                tensors[MASTER] = main
+                tensors = {MASTER: main, **tensors}
             for name, tensor in tensors.items():
                 for piece in places[id(param)]:
                     yield from _cut(piece, param, start, stop, tensor.detach().view(-1), name)
@@ -89,9 +98,15 @@ def _mains(inner: Any) -> Iterator[tuple[Tensor, int, int | None, Tensor]]:
     if inner.is_stub_optimizer:
         return
     if hasattr(inner, "model_param_group_index_map"):  # DistributedOptimizer
-        for param, (group, place) in inner.model_param_group_index_map.items():
-            held = inner._get_model_param_range_map(param)["param"]
-            yield param, held.start, held.end, inner.optimizer.param_groups[group]["params"][place]
+        own = inner.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8  # Megatron's mark of weights that are masters
+        masters = inner.shard_float16_groups if own else inner.shard_fp32_from_float16_groups
+        for groups, mains in (
+            (inner.model_float16_groups, masters),
+            (inner.model_fp32_groups, inner.shard_fp32_groups),
+        ):
+            for param, main in zip(chain(*groups), chain(*mains), strict=True):
+                held = inner._get_model_param_range_map(param)["param"]
+                yield param, held.start, held.end, main
         return
     params: dict[Any, Any] = {}  # by the id of its fp32 master
     if hasattr(inner, "float16_groups"):

@@ -10,6 +10,7 @@ from mindspeed_core.optim.schedule import Schedule
 from mindspeed_core.recipe import Section
 
 if TYPE_CHECKING:
+    from mindspeed_core.optim.bf16 import Narrow
     from mindspeed_core.parallel.mesh import Mesh
 
 
@@ -26,18 +27,11 @@ class OptimConfig(Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     distributed: bool = False  # cut masters and moments over the data-parallel ranks
+    reuse_fp32_param: bool | Literal["half_away"] = False  # bf16: weight and 16 more bits are the master, exactly
+    bf16_states: bool = False  # bf16: moments in 2 bytes each, rounded after every step
+    bf16_grads: bool = False  # bf16: gradients summed in 2 bytes, not in 4
     overlap_grad_reduce: bool = False  # sum gradients over the copies while the last backward goes on
     overlap_param_gather: bool = False  # gather what was updated elsewhere while the next forward goes on
-    # Names the recipe format reserves; this version takes each only as it stands.
-    reuse_fp32_param: bool = False
-    bf16_states: bool = False
-
-    @field_validator("reuse_fp32_param", "bf16_states")
-    @classmethod
-    def _not_yet(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("this version cannot do that yet; leave it out")
-        return value
 
     @field_validator("warmup")
     @classmethod
@@ -58,6 +52,31 @@ class OptimConfig(Section):
             raise ValueError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}; the schedule falls from lr to min_lr")
         return self
 
+    @property
+    def narrow(self) -> Narrow:
+        """How the optimizer's tensors are stored."""
+        import torch
+
+        from mindspeed_core.optim.bf16 import Narrow
+
+        rounding = "nearest_even" if self.reuse_fp32_param is True else self.reuse_fp32_param or None
+        return Narrow(torch.bfloat16 if self.bf16_states else torch.float32, rounding)
+
+    def precision_problems(self, precision: str) -> list[str]:
+        """Return a line for each key that only bf16 weights give a meaning."""
+        if precision == "bf16":
+            return []
+        keys = {
+            "reuse_fp32_param": "shares the memory of bf16 weights and their fp32 masters",
+            "bf16_states": "keeps moments as narrow as bf16 weights",
+            "bf16_grads": "keeps gradients as narrow as bf16 weights",
+        }
+        return [
+            f"optim.{name}: {does}, and precision={precision} has none; use precision: bf16, or leave it out"
+            for name, does in keys.items()
+            if getattr(self, name)
+        ]
+
     def schedule_over(self, steps: int) -> Schedule:
         """Return the learning rate over a run of `steps` steps."""
         return Schedule(lr=self.lr, min_lr=self.min_lr, shape=self.schedule, warmup=self.warmup, steps=steps)
@@ -66,13 +85,15 @@ class OptimConfig(Section):
 def build_optimizer(config: OptimConfig, chunks: list[Any], mesh: Mesh, precision: str) -> Any:
     """Return Megatron's optimizer over the wrapped chunks: fp32 masters of bf16 weights, cut over dp where asked.
 
-    Its `step()` returns (made, norm of the gradient before clipping, None).
+    With `reuse_fp32_param` bf16 weights are their own masters. Its `step()` returns (made, norm of the gradient before
+    clipping, None).
     """
     import torch
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    own = bool(config.reuse_fp32_param)
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -82,12 +103,22 @@ def build_optimizer(config: OptimConfig, chunks: list[Any], mesh: Mesh, precisio
         adam_beta2=config.beta2,
         adam_eps=config.eps,
         clip_grad=config.clip_grad,
-        bf16=precision == "bf16",
+        bf16=precision == "bf16" and (config.distributed or not own),  # without masters there is nothing mixed
         params_dtype=dtype,
         use_distributed_optimizer=config.distributed,
         overlap_param_gather=config.overlap_param_gather,
     )
-    return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False, pg_collection=mesh.groups)
+    # Megatron's name for an optimizer that keeps its masters itself; it would ask Transformer Engine for one
+    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = own
+    optimizer: Any = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False, pg_collection=mesh.groups)
+    for inner in optimizer.chained_optimizers:
+        if not inner.is_stub_optimizer:
+            inner.optimizer.narrow = config.narrow
+    if not own:
+        return optimizer
+    from mindspeed_core.optim.own_master import own_masters
+
+    return own_masters(optimizer)
 
 
 def set_lr(optimizer: Any, lr: float, weight_decay: float) -> None:

@@ -27,7 +27,7 @@ def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> li
     from mindspeed_core.parallel.model_copy import ModelCopy
 
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not config.bf16_grads,
         overlap_grad_reduce=config.overlap_grad_reduce,
         overlap_param_gather=config.overlap_param_gather,
         use_distributed_optimizer=config.distributed,
