@@ -243,6 +243,9 @@ def _context_axes(config: ParallelConfig, cp: Axis, timeout: float) -> dict[str,
     def axis(size: int, rank: int, dimension: int, *, own: bool = False) -> Axis:
         if size == cp.size and not own:
             return cp
+        if size == 1:  # every rank has one of its own, and none waits for the others
+            alone: Any = dist.new_group([dist.get_rank()], timeout=limit, use_local_synchronization=True)
+            return Axis(1, 0, alone)
         rows = np.moveaxis(grid, dimension, -1).reshape(-1, size).tolist()
         group: Any = dist.new_subgroups_by_enumeration(rows, timeout=limit)[0]
         return Axis(size, rank, group)
