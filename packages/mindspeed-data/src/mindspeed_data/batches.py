@@ -17,7 +17,7 @@ from torch import Tensor
 from mindspeed_core.errors import InputError
 from mindspeed_data.pretrain import Samples
 
-Batch = dict[str, Tensor]  # "tokens", "labels", "weights", each [b, s]
+Batch = dict[str, Tensor]  # "tokens", "labels", "weights", and when packed "positions" and "segments", each [b, s]
 Collate = Callable[[Sequence[dict[str, Tensor]]], Batch]
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mindspeed_core.errors import InputError, writing
 from mindspeed_data.indexed import IndexedDataset
+from mindspeed_data.packing import marks
 from mindspeed_data.sidecar import text_prefix
 
 SEPARATE = 0.80  # a last epoch that is used less than this is shuffled on its own
@@ -36,7 +37,10 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class Samples(Protocol):
-    """A data set for training: sample i is {"tokens": int64 [s], "labels": int64 [s], "weights": fp32 [s]}."""
+    """A data set for training: sample i is {"tokens": int64 [s], "labels": int64 [s], "weights": fp32 [s]}.
+
+    Where several documents share a sample it also has "positions", from 0 in each, and "segments", the number of each.
+    """
 
     def __len__(self) -> int: ...
 
@@ -53,14 +57,16 @@ def pretrain_datasets(
     valid_samples: int = 0,
     seed: int = 1234,
     cache_folder: str | Path | None = None,
+    pack: bool = False,
 ) -> tuple[Samples, Samples | None]:
     """Return the samples of a run and those of its evaluation: from `valid`, or from a share of the documents of `train`
     that `split` keeps for it ("95,5"). Both hold at least as many samples as asked for, with repeats where the data ends.
+    With `pack` the documents of a sample do not see each other.
     """
     if valid is not None and split is not None:
         raise InputError("data.valid and data.split exclude each other: the split takes its share from data.train")
     shares = _shares(split)
-    make = _Maker(seq_length, seed, None if cache_folder is None else Path(cache_folder))
+    make = _Maker(seq_length, seed, None if cache_folder is None else Path(cache_folder), pack=pack)
     training = make.blend(train, shares[0], train_samples)
     if not valid_samples:
         return training, None
@@ -70,10 +76,15 @@ def pretrain_datasets(
 
 
 class TextSamples:
-    """Samples of one prefix. Its arrays are plain or memory-mapped, a few bytes per document and per sample."""
+    """Samples of one prefix. Its arrays are plain or memory-mapped, a few bytes per document and per sample.
 
-    def __init__(self, data: IndexedDataset, arrays: Arrays, seq_length: int) -> None:
-        self._data = data
+    With `pack` each document of a sample has positions of its own and its own number in "segments" (int64 [s]). Its last
+    token, the end-of-document token where the data has them, is predicted; that from it the first token of the next document
+    should follow is not learned. What ends a document is the data set's index, never the value of a token.
+    """
+
+    def __init__(self, data: IndexedDataset, arrays: Arrays, seq_length: int, *, pack: bool = False) -> None:
+        self._data, self._pack = data, pack
         self._seq_length = seq_length
         self._documents: NDArray[np.int32] = arrays["documents"]  # in the order they are put one after the other
         self._ends: NDArray[np.int64] = arrays["ends"]  # where each of them ends in that stream
@@ -94,7 +105,12 @@ class TextSamples:
             start = int(self._ends[at])
             at += 1
         ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-        return {"tokens": ids[:-1], "labels": ids[1:], "weights": torch.ones(self._seq_length)}
+        sample = {"tokens": ids[:-1], "labels": ids[1:], "weights": torch.ones(self._seq_length)}
+        if not self._pack:
+            return sample
+        own = marks([len(part) for part in parts if len(part)])
+        inside = own["segments"][1:] == own["segments"][:-1]
+        return {**sample, **{name: values[:-1] for name, values in own.items()}, "weights": inside.float()}
 
 
 class BlendedSamples:
@@ -113,8 +129,8 @@ class BlendedSamples:
 class _Maker:
     """Builds samples of one length and seed."""
 
-    def __init__(self, seq_length: int, seed: int, cache: Path | None) -> None:
-        self.seq_length, self.seed, self.cache = seq_length, seed, cache
+    def __init__(self, seq_length: int, seed: int, cache: Path | None, *, pack: bool) -> None:
+        self.seq_length, self.seed, self.cache, self.pack = seq_length, seed, cache, pack
 
     def blend(self, blend: Blend, share: tuple[float, float], samples: int) -> Samples:
         if not isinstance(blend, Mapping):
@@ -145,7 +161,7 @@ class _Maker:
             {**key, "seq_length": self.seq_length, "seed": self.seed},
             lambda: _arrange(lengths, first, self.seq_length, samples, self.seed),
         )
-        return TextSamples(data, arrays, self.seq_length)
+        return TextSamples(data, arrays, self.seq_length, pack=self.pack)
 
     def _cached(self, key: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
         """The arrays that `build` makes, from the cache where they are. Ranks that find none all write the same."""

@@ -32,7 +32,7 @@ def check(recipe: Recipe, task: Task, *, world_size: int) -> None:
     prefixes = [prefix for name in ("train", "valid") for prefix in task.prefixes(getattr(recipe.data, name))]
     if found:
         model = found[0]
-        case = replace(case, arch=model.arch, length=model.seq_length(recipe), varies=task.varies)
+        case = replace(case, arch=model.arch, length=model.seq_length(recipe), varies=task.varies_under(recipe))
     problems += rules.problems(case)
     if found:
         hold(lambda: _check_data(recipe, task, found[0], prefixes))

@@ -94,14 +94,7 @@ class DataConfig(Section):
     split: str | list[float] | None = None  # "95,5": the last 5 % of the documents of `train` are for evaluation
     template: str | None = None  # if given, the data must have been made with it
     cache: Path | None = None  # where the order of samples is kept; by default in the folder of the run
-    pack: bool = False
-
-    @field_validator("pack")
-    @classmethod
-    def _no_pack(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("this version trains on each sample alone; leave it out")
-        return value
+    pack: bool = False  # documents, or samples in fine-tuning, share a sequence but never see each other
 
 
 class BatchConfig(Section):

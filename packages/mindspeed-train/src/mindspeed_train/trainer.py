@@ -207,7 +207,7 @@ class Trainer:
             kernels=select(self.device, self.recipe.kernels),
             experts=self.recipe.experts,
             memory=self.recipe.memory,
-            variable_seq_lengths=self.task.varies,
+            variable_seq_lengths=self.task.varies_under(self.recipe),
         )
         if random:
             tensors = model.checkpoint.tensors if model.checkpoint else random_tensors(model.family, model.arch, seed)

@@ -22,6 +22,7 @@ def _datasets(recipe: Recipe, model: Model) -> tuple[Samples, Samples | None]:
         valid_samples=max(1, train.eval_steps * recipe.batch.total) if evaluates else 0,
         seed=train.seed,
         cache_folder=data.cache or recipe.checkpoint.folder / "cache",
+        pack=data.pack,
     )
 
 

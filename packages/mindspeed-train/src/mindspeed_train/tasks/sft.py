@@ -1,14 +1,16 @@
-"""Supervised fine-tuning: questions are given, answers are learned, samples keep their own length."""
+"""Supervised fine-tuning: questions are given, answers are learned, samples keep their own length or share sequences."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from mindspeed_core.errors import InputError
 from mindspeed_core.parallel.context import length_multiple
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.batches import Collate, pad
 from mindspeed_data.instruction import InstructionSamples
+from mindspeed_data.packing import PackedSamples
 from mindspeed_data.pretrain import Samples
 from mindspeed_data.sidecar import instruction_prefix
 from mindspeed_train.config import Recipe
@@ -25,10 +27,16 @@ def _datasets(recipe: Recipe, model: Model) -> tuple[Samples, Samples | None]:
         for data in (recipe.data.train, recipe.data.valid if recipe.train.eval_every else None)
     )
     assert train is not None
-    return train, valid
+    if not recipe.data.pack:
+        return train, valid
+    pad_id = Tokenizer.load(model.tokenizer).padding
+    pack = partial(PackedSamples, length=length, pad_id=pad_id)
+    return pack(train, train.lengths), valid and pack(valid, valid.lengths)
 
 
-def _collate(recipe: Recipe, model: Model) -> Collate:
+def _collate(recipe: Recipe, model: Model) -> Collate | None:
+    if recipe.data.pack:
+        return None
     multiple = math.lcm(MULTIPLE, length_multiple(recipe.parallel))
     return pad(Tokenizer.load(model.tokenizer).padding, multiple=multiple)
 

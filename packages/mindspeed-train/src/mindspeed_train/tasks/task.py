@@ -24,9 +24,13 @@ class Task:
     datasets: Callable[[Recipe, Model], tuple[Samples, Samples | None]]  # to learn from, and to evaluate on
     shuffle: bool  # True: the trainer draws the order of samples; False: the data set has one
     collate: Callable[[Recipe, Model], Collate | None]  # samples -> a batch; None stacks samples of one length
-    varies: bool  # True: micro batches differ in length
+    varies: bool  # True: micro batches differ in length, unless samples are packed
     forward: Callable[[Any, Batch], Tensor]  # on the last stage the sum over tokens of weight * loss
     check: Callable[[Recipe], None]  # raises an InputError for rules of its own
+
+    def varies_under(self, recipe: Recipe) -> bool:
+        """Return whether micro batches differ in length under this recipe."""
+        return self.varies and not recipe.data.pack
 
     @staticmethod
     def prefixes(data: str | Mapping[str, float] | None) -> list[str]:

@@ -1,0 +1,105 @@
+"""Packed runs: documents and samples that share a sequence learn what they learn alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.train import runs
+
+
+@pytest.fixture(scope="session")
+def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="session")
+def model(where: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model that has learned a little, so that what a token sees makes a difference."""
+    run = tmp_path_factory.mktemp("learned")
+    runs.train(runs.values(where, run, data={"seq_length": 64}))
+    return {"path": str(run)}
+
+
+def _values(where: Path, run: Path, task: str, model: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    sections["data"] = {"seq_length": 64, **sections.get("data", {})}
+    return {**runs.values(where, run, task, **sections), "model": model}
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_packing_leaves_the_loss_of_fine_tuning_as_it_is(
+    micro: int, model: dict[str, Any], where: Path, tmp_path: Path
+) -> None:
+    found = []
+    for pack in (False, True):
+        # the loss of the weights the run starts from, over all of the validation data
+        sections = {
+            "batch": {"micro": micro, "global": 8},
+            "train": {"steps": 1, "eval_every": 1},
+            "data": {"pack": pack},
+        }
+        lines = runs.train(_values(where, tmp_path / str(pack), "sft", model, **sections), "sft")
+        found.append(next(line["valid_loss"] for line in lines if line["step"] == 0))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_a_packed_step_has_the_gradient_of_its_samples(model: dict[str, Any], where: Path, tmp_path: Path) -> None:
+    """One step over the whole data set, packed and not: the same samples, so the same gradient."""
+    from mindspeed_data.instruction import InstructionSamples
+    from mindspeed_data.packing import best_fit
+
+    data = InstructionSamples(where / "chat", seq_length=64)
+    sequences = len(best_fit(data.lengths, 64))
+    assert sequences < len(data) / 1.5, "it has to pack something to prove something"
+    lines = {}
+    for pack, total in ((False, len(data)), (True, sequences)):
+        sections = {"batch": {"micro": 1, "global": total}, "train": {"steps": 1}, "data": {"pack": pack}}
+        lines[pack] = runs.train(_values(where, tmp_path / str(pack), "sft", model, **sections), "sft")[0]
+    assert lines[True]["tokens"] == lines[False]["tokens"]
+    for name in ("loss", "grad_norm"):
+        assert lines[True][name] == pytest.approx(lines[False][name], rel=1e-6), name
+
+
+def test_documents_of_a_packed_sample_are_each_on_their_own(model: dict[str, Any], where: Path, tmp_path: Path) -> None:
+    recipe = _values(where, tmp_path, "pretrain", model, data={"pack": True})
+    (packed, apart, mixed) = run_ranks(_by_document, 1, recipe)[0]
+    assert packed == pytest.approx(apart, rel=1e-6)
+    assert mixed != pytest.approx(apart, rel=1e-4), "without segments the documents see each other"
+
+
+def _by_document(recipe: dict[str, Any]) -> list[float]:
+    """The loss of packed samples; of their documents, one a row; of the samples as one text each."""
+    from mindspeed_data.batches import stack
+    from mindspeed_train.config import Recipe
+    from mindspeed_train.step import run_batch
+    from mindspeed_train.tasks import TASKS
+    from mindspeed_train.trainer import Trainer
+
+    trainer = Trainer(Recipe.model_validate(recipe), TASKS["pretrain"])
+    samples = [trainer.train_data[i] for i in range(6)]
+    assert max(int(sample["segments"].max()) for sample in samples) >= 1
+    documents = []
+    for sample in samples:
+        for number in range(int(sample["segments"].max()) + 1):
+            own = sample["segments"] == number
+            documents.append({name: sample[name][own] for name in ("tokens", "labels", "weights")})
+    text = [{name: sample[name] for name in ("tokens", "labels", "weights")} for sample in samples]
+    found = []
+    for rows in ([stack(samples)], [stack([document]) for document in documents], [stack(text)]):
+        losses = [run_batch(trainer.chunks, [one], trainer.mesh, trainer.task.forward, train=False) for one in rows]
+        found.append(sum(loss.total for loss in losses) / sum(loss.tokens for loss in losses))
+    trainer.close()
+    return found
+
+
+def test_a_packed_run_resumes_where_it_stopped(where: Path, tmp_path: Path) -> None:
+    straight = runs.train(runs.values(where, tmp_path / "one", "sft", data={"pack": True}, train={"steps": 4}), "sft")
+    recipe = runs.values(
+        where, tmp_path / "two", "sft", data={"pack": True}, train={"steps": 4}, checkpoint={"every": 2}
+    )
+    runs.stop(recipe, "sft")
+    runs.train(recipe, "sft")
+    assert [line["loss"] for line in runs.metrics(tmp_path / "two")] == [line["loss"] for line in straight]
