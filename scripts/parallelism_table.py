@@ -31,7 +31,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "pp": {"parallel": {"pp": 2}},
     "vpp": {"parallel": {"pp": 2, "vpp": 2}},
     "layers per stage": {"parallel": {"pp": 2, "layers_per_stage": [3, 1]}},
-    "noop layers": {"parallel": {"pp": 2, "noop_layers": [0, 5]}},
+    "noop layers": {"parallel": {"pp": 2, "noop_layers": [0, 1, 6, 7]}},
     "ring": {"parallel": {"cp": 2, "cp_algorithm": "ring"}},
     "ulysses": {"parallel": {"cp": 2, "cp_algorithm": "ulysses"}},
     "hybrid": {"parallel": {"cp": 4, "cp_algorithm": "hybrid", "ulysses": 2}},

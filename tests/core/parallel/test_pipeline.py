@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mindspeed_core.models.split import command_option, recipe_key
 from mindspeed_core.parallel.pipeline import Placement
-from mindspeed_core.parallel.split import command_option, recipe_key
 
 
 @st.composite

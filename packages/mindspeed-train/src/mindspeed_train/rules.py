@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mindspeed_core.models import build
 from mindspeed_core.models.family import Architecture
+from mindspeed_core.models.split import recipe_key
 from mindspeed_core.parallel.context import length_problems
 from mindspeed_core.parallel.pipeline import micro_batch_group
 
@@ -101,7 +102,17 @@ def _one_validation_set(case: Case) -> str | None:
 
 
 def _ranks_divide_the_model(case: Case) -> str | None:
-    return "\n".join(build.check(_architecture(case), case.recipe.parallel)) or None
+    placed = _misplaced(case)
+    lines = build.check(_architecture(case), case.recipe.parallel)
+    return "\n".join(line for line in lines if line not in placed) or None
+
+
+def _layers_have_places(case: Case) -> str | None:
+    return "\n".join(_misplaced(case)) or None
+
+
+def _misplaced(case: Case) -> list[str]:
+    return case.recipe.parallel.placement(_architecture(case).num_layers).problems(recipe_key)
 
 
 def _positions_are_enough(case: Case) -> str | None:
@@ -186,12 +197,18 @@ RULES: tuple[Rule, ...] = (
         fault=_one_validation_set,
     ),
     Rule(
-        keys=("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ulysses"),
-        says=(
-            "`tp` divides heads, key/value heads and feed-forward columns, Ulysses the heads that are left; there are no more "
-            "stages than layers."
-        ),
+        keys=("parallel.tp", "parallel.cp", "parallel.ulysses"),
+        says="`tp` divides heads, key/value heads and feed-forward columns, Ulysses the heads that are left.",
         fault=_ranks_divide_the_model,
+        model=True,
+    ),
+    Rule(
+        keys=("parallel.pp", "parallel.vpp", "parallel.layers_per_stage", "parallel.noop_layers"),
+        says=(
+            "The chunks of `vpp`, and stages with `noop_layers`, share the layers equally; `layers_per_stage` says it all and "
+            "goes with neither; else there are no more stages than layers."
+        ),
+        fault=_layers_have_places,
         model=True,
     ),
     Rule(

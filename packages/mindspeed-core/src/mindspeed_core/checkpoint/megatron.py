@@ -28,8 +28,8 @@ from mindspeed_core.checkpoint.tensors import PackedTensors, pack, shard_shape
 from mindspeed_core.checkpoint.torch_file import TorchFile, read_torch_file
 from mindspeed_core.errors import InputError
 from mindspeed_core.models.family import Architecture, Family, Placed, pad_rows, pad_vocab
+from mindspeed_core.models.split import command_option, split_problems
 from mindspeed_core.parallel.pipeline import Placement
-from mindspeed_core.parallel.split import command_option, split_problems
 
 LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"

@@ -14,10 +14,10 @@ from mindspeed_core.kernels import Kernels, matmul_collective, select
 from mindspeed_core.memory.config import MemoryConfig
 from mindspeed_core.models.expert_config import ExpertsConfig
 from mindspeed_core.models.family import Architecture, pad_vocab
+from mindspeed_core.models.split import recipe_key, split_problems
 from mindspeed_core.parallel.context import ContextSplit, head_problems
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 from mindspeed_core.parallel.pipeline import Placement
-from mindspeed_core.parallel.split import recipe_key, split_problems
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

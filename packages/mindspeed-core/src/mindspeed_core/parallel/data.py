@@ -40,7 +40,8 @@ def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> li
     if config.overlap_grad_reduce:
         # until the last micro batch a backward must not start the sum; the schedules ask for a list where there are chunks
         silent = [chunk.no_sync for chunk in wrapped]
-        wrapped[0].config.no_sync_func = silent if len(silent) > 1 else silent[0]
+        told: Any = wrapped[0].config
+        told.no_sync_func = silent if len(silent) > 1 else silent[0]
 
     def finalize(*args: Any, **kwargs: Any) -> None:
         finalize_model_grads(*args, **kwargs)
