@@ -19,7 +19,7 @@ from torch import Tensor
 from mindspeed_core.kernels import Kernels, cross_entropy, matmul
 from mindspeed_core.kernels.segments import Segments
 from mindspeed_core.memory.recompute import Block
-from mindspeed_core.models import rope
+from mindspeed_core.models import balance, rope
 from mindspeed_core.models.attention import AttentionPlan, Cache
 from mindspeed_core.models.expert_config import ExpertsConfig
 from mindspeed_core.models.family import Architecture
@@ -195,6 +195,10 @@ class LanguageModel(LanguageModule):
     def full_logits(self, logits: Tensor) -> Tensor:
         """Return the logits [b, s, vocab_size] of all tensor-parallel ranks, without the padding."""
         return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)[..., : self.arch.vocab_size]
+
+    def finish_batch(self) -> None:
+        """Do what is due once per global batch, when the gradients of all its micro batches are there; collective."""
+        balance.update_biases([self], self.pg_collection.tp_dp_cp)
 
     def new_cache(self, batch: int, max_length: int) -> Cache:
         """Return an empty cache for this stage's layers."""

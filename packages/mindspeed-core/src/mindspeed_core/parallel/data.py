@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindspeed_core.models.balance import update_biases
 from mindspeed_core.optim.build import OptimConfig
 from mindspeed_core.parallel.mesh import Mesh
 
@@ -45,7 +44,8 @@ def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> li
 
     def finalize(*args: Any, **kwargs: Any) -> None:
         finalize_model_grads(*args, **kwargs)
-        update_biases(chunks, mesh.groups.tp_dp_cp)
+        for chunk in chunks:
+            chunk.finish_batch()
 
     for chunk in chunks:
         assert chunk.config.calculate_per_token_loss, "the loss must be a sum over tokens"
