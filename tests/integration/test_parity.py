@@ -52,6 +52,7 @@ EXPERTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "ep2 distributed": (2, {"ep": 2}, {"distributed": True}),
     "ep2 dp4 distributed": (4, {"ep": 2, "dp": 4}, {"distributed": True}),
     "ep2 cp2": (2, {"ep": 2, "cp": 2}, {}),
+    "ep2 recompute": (2, {"ep": 2}, {"distributed": True}),  # what balances the experts is made again, and counted once
     "pp2 ep2": (4, {"pp": 2, "ep": 2}, {}),
     "tp2 sp etp1": (2, {"tp": 2, "sp": True, "etp": 1}, {}),
     "tp2 sp etp1 ep2": (2, {"tp": 2, "sp": True, "etp": 1, "ep": 2}, {"distributed": True}),
@@ -59,7 +60,12 @@ EXPERTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2 sp etp1 ep4 allgather": (4, {"tp": 2, "sp": True, "etp": 1, "ep": 4}, {}),
 }
 SECTIONS: dict[str, dict[str, Any]] = {  # of the recipe, beside parallel and optim
-    layout: {"experts": {"dispatcher": "allgather", "grouped": False}} for layout in EXPERTS if "allgather" in layout
+    "ep2 recompute": {"memory": {"recompute": "full"}},
+    **{
+        layout: {"experts": {"dispatcher": "allgather", "grouped": False}}
+        for layout in EXPERTS
+        if "allgather" in layout
+    },
 }
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"preset": "mixtral-8x7b", "num_local_experts": 4},

@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from mindspeed_core.memory.config import Plan
+from mindspeed_core.models.attention import AttentionPlan
+from mindspeed_core.models.moe import Experts
 
 
 class Block(TransformerBlock):
@@ -34,7 +36,13 @@ class Block(TransformerBlock):
     advance: Advance | None = None
 
     def _checkpointed_forward(
-        self, hidden_states: Tensor, attention_mask: Any, *context: Any, packed_seq_params: Any = None, **_: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any,
+        *context: Any,
+        packed_seq_params: Any = None,
+        padding_mask: Any = None,
+        **_: Any,
     ) -> Tensor:
         """Run all layers on hidden_states [s, b, h]; the arguments that are not named are None in our models."""
         groups = {group.start: group for group in self.plan.groups}
@@ -46,7 +54,10 @@ class Block(TransformerBlock):
             def through(hidden: Tensor) -> Tensor:
                 for index in which:
                     hidden, _context = layers[index](
-                        hidden_states=hidden, attention_mask=attention_mask, packed_seq_params=packed_seq_params
+                        hidden_states=hidden,
+                        attention_mask=attention_mask,
+                        packed_seq_params=packed_seq_params,
+                        padding_mask=padding_mask,
                     )
                 return hidden
 
@@ -138,25 +149,25 @@ class Dropped:
 
     def __init__(self, kernel: Callable[..., Tensor]) -> None:
         self.kernel = kernel
-        self._output: Tensor | None = None
+        self._outputs: list[Tensor] = []
 
     def __call__(self, *inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return self.kernel(*inputs)
-        assert self._output is None, "the consumer of the output before has not run"
-        self._output = _Dropped.apply(self.kernel, *inputs)
-        return self._output
+        output = _Dropped.apply(self.kernel, *inputs)
+        self._outputs.append(output)
+        return output
 
-    def drop(self, _module: Any, _inputs: Any, outputs: Any) -> None:
-        """Let go of the output: the forward hook of its consumer."""
-        output, self._output = self._output, None
-        if output is None or not output.requires_grad:
-            return
-        storage, node = output.untyped_storage(), output.grad_fn
-        assert storage.nbytes() == output.numel() * output.element_size(), "the output shares its memory"
-        result = outputs[0] if isinstance(outputs, tuple) else outputs
-        result.register_hook(lambda _grad: _refill(node, storage))
-        storage.resize_(0)
+    def drop(self, _module: Any, _inputs: Any, results: Any) -> None:
+        """Let go of what was computed since: the forward hook of its consumer."""
+        result = results[0] if isinstance(results, tuple) else results
+        for output in self._outputs:
+            if output.requires_grad:
+                storage = output.untyped_storage()
+                assert storage.nbytes() == output.numel() * output.element_size(), "the output shares its memory"
+                result.register_hook(partial(_refill, output.grad_fn, storage))
+                storage.resize_(0)
+        self._outputs.clear()
 
 
 class _Dropped(torch.autograd.Function):
@@ -177,7 +188,7 @@ class _Dropped(torch.autograd.Function):
         return None, *grads
 
 
-def _refill(node: Any, storage: torch.UntypedStorage) -> None:
+def _refill(node: Any, storage: torch.UntypedStorage, _grad: Tensor) -> None:
     inputs, output = run_again(node)
     fresh = output.untyped_storage()
     storage.resize_(fresh.nbytes())
@@ -215,12 +226,15 @@ def apply(block: Block, plan: Plan) -> None:
             _drop(layer.input_layernorm, layer.self_attention)
             _drop(layer.pre_mlp_layernorm, layer.mlp)
         if index in plan.activation:
-            for mlp in layer.mlp.modules():
-                if isinstance(mlp, MLP):
-                    _drop(mlp.activation_func, mlp.linear_fc2)
+            for part in layer.mlp.modules():
+                if isinstance(part, MLP):
+                    _drop(part.activation_func, part.linear_fc2)
+                elif isinstance(part, Experts):
+                    dropped = Dropped(part.kernels.swiglu)
+                    part.kernels = dataclasses.replace(part.kernels, swiglu=dropped)
+                    part.register_forward_hook(dropped.drop)
         if index in plan.attention:
-            attention = layer.self_attention
-            attention.kernels = dataclasses.replace(attention.kernels, attention=_core(attention.kernels.attention))
+            layer.self_attention.attend = _core(layer.self_attention.attend)
 
 
 def _drop(module: Any, consumer: torch.nn.Module) -> None:
@@ -229,8 +243,8 @@ def _drop(module: Any, consumer: torch.nn.Module) -> None:
     consumer.register_forward_hook(dropped.drop)
 
 
-def _core(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def recomputed(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-        return segment(partial(attention, **how), q, k, v)
+def _core(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def recomputed(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        return segment(partial(attend, plan, **how), q, k, v)
 
     return recomputed
