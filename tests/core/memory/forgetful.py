@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -18,7 +17,10 @@ LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCABULARY = 4, 32, 48, 4, 2, 64
 ROWS, LENGTH = 2, 16
 
 
-def tiny(layers: int = LAYERS) -> tuple[Family, Architecture]:
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def tiny(layers: int = LAYERS, *, with_experts: bool = False) -> tuple[Family, Architecture]:
     sizes = {
         "num_hidden_layers": layers,
         "hidden_size": HIDDEN,
@@ -29,17 +31,18 @@ def tiny(layers: int = LAYERS) -> tuple[Family, Architecture]:
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 64,
     }
-    config = {**preset("llama2-7b"), **sizes}
+    config = {**preset("mixtral-8x7b" if with_experts else "llama2-7b"), **sizes, **(EXPERTS if with_experts else {})}
     family = family_of(config)
     return family, family.architecture(config)
 
 
-def build(mesh: Mesh, memory: dict[str, Any], layers: int = LAYERS, **more: Any) -> list[Any]:
+def build(
+    mesh: Mesh, memory: dict[str, Any], layers: int = LAYERS, *, with_experts: bool = False, **more: Any
+) -> list[Any]:
     from mindspeed_core.models.build import build_model
     from mindspeed_core.models.weights import load_weights, random_tensors
 
-    family, arch = tiny(layers)
-    arch = dataclasses.replace(arch)
+    family, arch = tiny(layers, with_experts=with_experts)
     chunks = build_model(arch, mesh, memory=MemoryConfig(**memory), **more)
     load_weights(chunks, random_tensors(family, arch, 0), family, arch, mesh)
     return chunks
@@ -76,7 +79,9 @@ def run(mesh: Mesh, chunks: list[Any], number: int, *, start: int = 0, stride: i
     return [loss.item() for loss in losses]
 
 
-def compare(memories: list[dict[str, Any]], parallel: dict[str, Any], precision: str = "fp32") -> list[dict[str, Any]]:
+def compare(
+    memories: list[dict[str, Any]], parallel: dict[str, Any], model: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Per memory section: whether losses and gradients are those of the plain model to the bit, and the saved bytes.
 
     The bytes are of one forward pass, 0 where a rank alone cannot make one.
@@ -85,7 +90,7 @@ def compare(memories: list[dict[str, Any]], parallel: dict[str, Any], precision:
     plain: Any = None
     answers = []
     for memory in ({}, *memories):
-        chunks = build(mesh, memory, precision=precision)
+        chunks = build(mesh, memory, **(model or {}))
         losses = run(mesh, chunks, 4)
         gradients = [p.grad.clone() for chunk in chunks for p in chunk.parameters()]
         plain = plain or (losses, gradients)

@@ -28,21 +28,42 @@ FEATURES: dict[str, dict[str, Any]] = {
         "recompute_activation": 2,
     },
 }
-LAYOUTS: dict[str, dict[str, Any]] = {"one": {}, "tp2": {"tp": 2}, "tp2 sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tp2": {"tp": 2},
+    "tp2 sp": {"tp": 2, "sp": True},
+    "pp2": {"pp": 2},
+    "pp2 vpp2": {"pp": 2, "vpp": 2},
+    "cp2 ring": {"cp": 2},
+    "cp2 ulysses": {"cp": 2, "cp_algorithm": "ulysses"},
+}
+PER_RANK = {"recompute": "full", "recompute_layers": 3, "recompute_per_rank": True, "recompute_activation": 2}
 TOKENS = ROWS * LENGTH * 4  # bytes of one fp32 number per token
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_the_same_to_the_bit(layout: str) -> None:
     parallel = LAYOUTS[layout]
-    world = parallel.get("tp", 1) * parallel.get("pp", 1)
-    for rank, answers in enumerate(run_ranks(forgetful.compare, world, list(FEATURES.values()), parallel)):
-        for name, answer in zip(("plain", *FEATURES), answers, strict=True):
+    world = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("cp", 1)
+    features = {**FEATURES, "per rank": PER_RANK} if "vpp" in parallel else FEATURES
+    for rank, answers in enumerate(run_ranks(forgetful.compare, world, list(features.values()), parallel)):
+        for name, answer in zip(("plain", *features), answers, strict=True):
             assert (answer["losses"], answer["gradients"]) == (True, True), f"{name} on rank {rank}"
 
 
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2, "sp": True}, {"dp": 2, "ep": 2}], ids=["one", "tp2 sp", "ep2"])
+def test_experts_forget_too(parallel: dict[str, Any]) -> None:
+    world = 2 if parallel else 1
+    answers = run_ranks(forgetful.compare, world, list(FEATURES.values()), parallel, {"with_experts": True})[0]
+    for name, answer in zip(("plain", *FEATURES), answers, strict=True):
+        assert (answer["losses"], answer["gradients"]) == (True, True), name
+    plain, saved = answers[0]["saved"], {name: a["saved"] for name, a in zip(FEATURES, answers[1:], strict=True)}
+    assert plain - saved["activation"] > 0
+    assert plain - saved["norm"] > 0
+
+
 def test_bf16_gradients_too() -> None:
-    answers = run_ranks(forgetful.compare, 1, list(FEATURES.values()), {}, "bf16")[0]
+    answers = run_ranks(forgetful.compare, 1, list(FEATURES.values()), {}, {"precision": "bf16"})[0]
     assert all(answer["losses"] and answer["gradients"] for answer in answers)
 
 

@@ -92,6 +92,7 @@ class SelfAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number  # over the whole model, from 1
+        self.attend = AttentionPlan.attention  # recompute puts another way of calling it here
         self.arch, self.kernels = arch, kernels
         tp = pg_collection.tp
         linear: dict[str, Any] = {
@@ -132,5 +133,5 @@ class SelfAttention(MegatronModule):
         k = self.kernels.rotary(k, plan.cos, plan.sin)
         if plan.cache is not None:
             k, v = plan.cache.extend(self.layer_number, k, v)
-        out = plan.attention(q, k, v, scale=arch.head_dim**-0.5, kernels=self.kernels)
+        out = self.attend(plan, q, k, v, scale=arch.head_dim**-0.5, kernels=self.kernels)
         return self.linear_proj(out.flatten(2))[0], None

@@ -50,6 +50,7 @@ class LatentAttention(MegatronModule):
         super().__init__(config=config)
         assert arch.latent is not None
         self.layer_number = layer_number  # over the whole model, from 1
+        self.attend = AttentionPlan.attention  # recompute puts another way of calling it here
         self.arch, self.latent, self.kernels = arch, arch.latent, kernels
         self.scale = score_scale(arch)
         self.tp_group = pg_collection.tp
@@ -91,7 +92,7 @@ class LatentAttention(MegatronModule):
         keys_values = self.linear_kv_up_proj(narrow)[0].unflatten(-1, (-1, latent.nope_dim + latent.value_dim))
         k, v = keys_values.split([latent.nope_dim, latent.value_dim], -1)
         k = torch.cat((k, position.expand(*k.shape[:-1], -1)), -1)
-        out = plan.attention(q, k, v, scale=self.scale, kernels=self.kernels)
+        out = self.attend(plan, q, k, v, scale=self.scale, kernels=self.kernels)
         return self.linear_proj(out.flatten(2))[0], None
 
     def _queries(self, hidden: Tensor) -> Tensor:
