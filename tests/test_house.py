@@ -29,12 +29,21 @@ ARROWS = {
 # The floors of core: a file imports from its own floor and from those above it in this list, never from below.
 FLOORS = [
     ("errors",),
-    ("recipe", "launch", "sentencepiece_model", "optim.adamw", "optim.schedule", "parallel.pipeline"),
+    (
+        "recipe",
+        "launch",
+        "sentencepiece_model",
+        "optim.adamw",
+        "optim.bf16",
+        "optim.scaling",
+        "optim.schedule",
+        "parallel.pipeline",
+    ),
     ("device", "cli", "tokenizer", "templates"),
     ("megatron", "kernels"),
     ("parallel.mesh", "parallel.linear"),
     ("optim", "parallel"),
-    ("models",),
+    ("models", "memory"),
     ("checkpoint",),
     ("generate",),
     ("doctor", "__main__"),

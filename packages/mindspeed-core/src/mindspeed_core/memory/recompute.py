@@ -228,7 +228,8 @@ def apply(block: Block, plan: Plan) -> None:
         if index in plan.activation:
             for part in layer.mlp.modules():
                 if isinstance(part, MLP):
-                    _drop(part.activation_func, part.linear_fc2)
+                    second: Any = part.linear_fc2
+                    _drop(part.activation_func, second)
                 elif isinstance(part, Experts):
                     dropped = Dropped(part.kernels.swiglu)
                     part.kernels = dataclasses.replace(part.kernels, swiglu=dropped)

@@ -8,9 +8,20 @@ from typing import Any
 from mindspeed_core.errors import InputError
 from mindspeed_core.models.families.llama import WEIGHTS as LLAMA_WEIGHTS
 from mindspeed_core.models.families.llama import decoder, refuse, require
-from mindspeed_core.models.family import Architecture, Experts, Family, Latent, Weight, column, gated, replicated, row
+from mindspeed_core.models.family import (
+    Architecture,
+    Experts,
+    Family,
+    Latent,
+    RouterKind,
+    Weight,
+    column,
+    gated,
+    replicated,
+    row,
+)
 
-ROUTERS = {"greedy": "softmax_topk", "group_limited_greedy": "group_limited_greedy"}
+ROUTERS: dict[str, RouterKind] = {"greedy": "softmax_topk", "group_limited_greedy": "group_limited_greedy"}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -47,7 +58,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         balance="sequence" if config.get("seq_aux", True) else "micro_batch",
         aux_loss=config.get("aux_loss_alpha", 0.001),
     )
-    shape = {**decoder(config), "head_dim": latent.nope_dim + latent.rope_dim}
+    shape: dict[str, Any] = {**decoder(config), "head_dim": latent.nope_dim + latent.rope_dim}
     shape["num_query_groups"] = shape["num_heads"]  # every head has keys of its own, made from the one latent
     return Architecture(**shape, latent=latent, experts=experts)
 
