@@ -37,14 +37,14 @@ def peer(folder: Path) -> Any:
 
 
 def in_process(
-    folder: Path, lines: str, chat: bool, sampling: SamplingConfig, parallel: dict[str, int] | None = None
+    folder: Path, lines: str, chat: bool, sampling: SamplingConfig, options: dict[str, Any] | None = None
 ) -> tuple[str, str]:
     """What stands on stdout and stderr after `lines` came in, without the seconds that a new process takes."""
     from mindspeed_core.generate.engine import Engine
     from mindspeed_serve.assistant import Assistant
     from mindspeed_serve.terminal import Chat, continue_text
 
-    engine = Engine.open(folder, **(parallel or {}))
+    engine = Engine.open(folder, **(options or {}))
     if not engine.mesh.is_main:
         engine.follow()
         return "", ""
