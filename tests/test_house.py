@@ -35,6 +35,7 @@ FLOORS = [
         "sentencepiece_model",
         "optim.adamw",
         "optim.bf16",
+        "optim.reuse_fp32",
         "optim.scaling",
         "optim.schedule",
         "parallel.pipeline",
