@@ -11,8 +11,8 @@ from tests.train import runs
 
 RELATIVE = 1e-5  # fp32 sums in another order; measured over these ten steps: losses 2e-7, norms 1.1e-6
 # Adam divides each gradient by its own size, so the rounding of a tiny gradient moves its weight as far as any other's:
-# measured 1.4e-4 of the largest weight of a tensor, at a learning rate of 1e-2
-WEIGHTS = 5e-4
+# measured 1.4e-4 of the largest weight of a tensor at a learning rate of 1e-2, and 7e-4 where the sequence is cut, too
+WEIGHTS = 2e-3
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}, {}),
