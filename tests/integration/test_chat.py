@@ -11,7 +11,7 @@ from tests.harness import run_ranks
 from tests.integration.test_web import open_page
 from tests.serve.test_terminal import in_process
 
-QUESTIONS = ["What is the capital of France?", "And of Italy?"]
+QUESTIONS = ["Where is the Eiffel Tower?", "And the Colosseum?"]  # answered alike under the rounding of any CPU
 # Its first choice leads by 0.1 in 25, less than bf16 can tell: in bf16 the CPU decides between Paris and nonsense.
 DTYPE = "fp32"
 
