@@ -62,10 +62,14 @@ def run(mesh: Mesh, chunks: list[Any], number: int, *, start: int = 0, stride: i
     """Run `number` micro batches, every `stride`-th from `start` on, through the schedule of the mesh; return their losses."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from mindspeed_core.memory import in_advance
+
     def step(iterator: Any, model: Any) -> Any:
         output = model(**next(iterator))
         return output, lambda out: (out, torch.tensor(1), out.detach())
 
+    beside = in_advance.communicator(chunks, mesh, number) if len(chunks) > 1 else None
+    own = {} if beside is None else {"p2p_communicator": beside, "pg_collection": mesh.groups}
     data = [iter(micro_batches(start + number * stride)[start::stride]) for _ in chunks]
     losses = get_forward_backward_func(mesh.pp.size, len(chunks) if len(chunks) > 1 else None)(
         forward_step_func=step,
@@ -75,12 +79,15 @@ def run(mesh: Mesh, chunks: list[Any], number: int, *, start: int = 0, stride: i
         seq_length=LENGTH,
         micro_batch_size=ROWS,
         forward_only=False,
+        **own,
     )
+    if beside is not None:
+        beside.close()
     return [loss.item() for loss in losses]
 
 
 def compare(
-    memories: list[dict[str, Any]], parallel: dict[str, Any], model: dict[str, Any] | None = None
+    memories: list[dict[str, Any]], parallel: dict[str, Any], model: dict[str, Any] | None = None, number: int = 4
 ) -> list[dict[str, Any]]:
     """Per memory section: whether losses and gradients are those of the plain model to the bit, and the saved bytes.
 
@@ -91,7 +98,7 @@ def compare(
     answers = []
     for memory in ({}, *memories):
         chunks = build(mesh, memory, **(model or {}))
-        losses = run(mesh, chunks, 4)
+        losses = run(mesh, chunks, number)
         gradients = [p.grad.clone() for chunk in chunks for p in chunk.parameters()]
         plain = plain or (losses, gradients)
         saved = 0

@@ -154,10 +154,18 @@ def _narrow_optimizer_needs_bf16(case: Case) -> str | None:
     return "\n".join(case.recipe.optim.precision_problems(case.recipe.precision)) or None
 
 
-def _turns_go_round_chunks(case: Case) -> str | None:
-    if case.recipe.memory.recompute_per_rank and case.recipe.parallel.vpp == 1:
-        return "memory.recompute_per_rank: counts over the chunks of a stage, and vpp=1 makes one; leave it out, or set parallel.vpp"
-    return None
+def _recompute_over_chunks(case: Case) -> str | None:
+    keys = {
+        "recompute_per_rank": "counts over the chunks of a stage",
+        "recompute_in_advance": "recomputes one chunk of a stage while another one's gradient travels",
+    }
+    if case.recipe.parallel.vpp > 1:
+        return None
+    return "\n".join(
+        f"memory.{name}: {does}, and vpp=1 makes one; leave it out, or set parallel.vpp"
+        for name, does in keys.items()
+        if getattr(case.recipe.memory, name)
+    )
 
 
 RULES: tuple[Rule, ...] = (
@@ -187,9 +195,9 @@ RULES: tuple[Rule, ...] = (
         fault=_narrow_optimizer_needs_bf16,
     ),
     Rule(
-        keys=("memory.recompute_per_rank", "parallel.vpp"),
-        says="`recompute_per_rank` needs `vpp` of at least 2.",
-        fault=_turns_go_round_chunks,
+        keys=("memory.recompute_per_rank", "memory.recompute_in_advance", "parallel.vpp"),
+        says="`recompute_per_rank` and `recompute_in_advance` need `vpp` of at least 2.",
+        fault=_recompute_over_chunks,
     ),
     Rule(
         keys=("data.split", "data.valid"),

@@ -46,6 +46,8 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from mindspeed_core.memory import in_advance
+
     reports: list[Tensor] = []
     context = ContextSplit.of(mesh)
 
@@ -58,6 +60,8 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
     micro_batches = _filled(micro_batches, micro_batch_group(mesh.pp.size, len(chunks)))
     for chunk in chunks:
         chunk.train(train)  # routers draw at random only while they learn
+    beside = in_advance.communicator(chunks, mesh, len(micro_batches)) if train and chunked else None
+    own = {} if beside is None else {"p2p_communicator": beside, "pg_collection": mesh.groups}
     with torch.set_grad_enabled(train):
         reports = get_forward_backward_func(mesh.pp.size, len(chunks) if chunked else None)(
             forward_step_func=step,
@@ -68,7 +72,10 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
             seq_length=length,
             micro_batch_size=rows,
             forward_only=not train,
+            **own,
         )
+    if beside is not None:
+        beside.close()
     return _everywhere(reports, take_terms(chunks, mesh.device.torch), mesh)
 
 

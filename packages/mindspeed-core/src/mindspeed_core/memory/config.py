@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mindspeed_core.recipe import Section
 
@@ -28,13 +28,6 @@ class MemoryConfig(Section):
     recompute_activation: Layers = False  # drop the output of SwiGLU; a number: of so many layers
     recompute_in_advance: bool = False  # recompute a chunk's layers before waiting for their gradient
     swap_attention: bool = False  # keep what attention saves on the host until its layer's turn comes
-
-    @field_validator("recompute_in_advance")
-    @classmethod
-    def _not_yet(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("this version cannot do that yet; leave it out")
-        return value
 
     @model_validator(mode="after")
     def _agrees(self) -> MemoryConfig:

@@ -217,9 +217,10 @@ def run_again(ctx: Any) -> tuple[list[Any], Tensor]:
     return inputs, output
 
 
-def apply(block: Block, plan: Plan) -> None:
-    """Make the layers of a block forget what the plan says."""
+def apply(block: Block, plan: Plan, *, in_advance: bool) -> None:
+    """Make the layers of a block forget what the plan says; `in_advance`: in_advance.py recomputes them."""
     block.plan = plan
+    block.advance = Advance() if in_advance and plan.groups else None
     layers: Any = block.layers
     for index, layer in enumerate(layers):
         if index in plan.norm:

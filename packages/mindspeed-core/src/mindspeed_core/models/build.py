@@ -157,6 +157,6 @@ def build_model(
     ]
     for place, chunk in enumerate(chunks):
         plan = memory.plan(len(placement.layers(stage, place)), chunk=place, chunks=placement.vpp)
-        recompute.apply(chunk.decoder, plan)
+        recompute.apply(chunk.decoder, plan, in_advance=memory.recompute_in_advance)
         swap.apply(chunk.decoder, plan, mesh.device, last=placement.is_last(stage, place))
     return [chunk.to(mesh.device.torch) for chunk in chunks]
