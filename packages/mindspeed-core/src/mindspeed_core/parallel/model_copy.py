@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from mindspeed_core.errors import InputError
+
 
 class ModelCopy(DistributedDataParallel):
     """A model with the buffers of its gradients, which sums gradients and gathers parameters while the model computes."""
@@ -34,6 +36,22 @@ class ModelCopy(DistributedDataParallel):
                 group.register_grad_ready(param, self.force_all_reduce)
 
         return ready
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """Wait until gradients are summed.
+
+        A weight without one would keep its bucket, and with it the other copies, waiting: Megatron stops without its name.
+        """
+        if self.ddp_config.overlap_grad_reduce:
+            groups = [*self.bucket_groups, *self.expert_parallel_bucket_groups]
+            there = {parameter for group in groups for parameter in group.per_param_grad_ready_counts}
+            missing = [n for n, p in self.module.named_parameters() if p.requires_grad and p not in there]
+            if missing:
+                raise InputError(
+                    f"optim.overlap_grad_reduce: waits for a gradient of every weight, and the last micro batch made none of "
+                    f"{', '.join(missing)}; set it to false, or freeze what is not used"
+                )
+        super().finish_grad_sync(force_all_reduce)
 
     def _gather_by_layer(self) -> None:
         """Let every layer wait for its parameters before it is called.
