@@ -80,3 +80,59 @@ def _all_have_come(recipe: dict[str, Any]) -> None:
     assert len(groups) > 5
     assert all(group.param_gather_dispatched and group.param_gather_handle is None for group in groups)
     trainer.close()
+
+
+def _stops(recipe: dict[str, Any]) -> None:
+    with _small_buckets():
+        runs.stops(recipe, "pretrain")
+
+
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"tp": 2}], ids=["dp2", "tp2"])
+def test_a_run_with_many_buckets_goes_on_in_any_layout(layout: dict[str, int], tmp_path: Path) -> None:
+    """Megatron's own checkpoints shift what lies behind the padding of the first bucket, and say nothing."""
+    where = runs.material(tmp_path / "material")
+    sections: dict[str, Any] = {"train": {"steps": 4}, "checkpoint": {"every": 2}, "parallel": {"dp": 2}}
+    straight, broken = (runs.values(where, tmp_path / name, **sections) for name in ("straight", "broken"))
+    for recipe in (straight, broken):
+        recipe["optim"] = {**recipe["optim"], **OVERLAP}
+    run_ranks(_trains, 2, straight, timeout=120)
+    run_ranks(_stops, 2, broken, timeout=120)
+    if "tp" in layout:
+        broken |= {"parallel": layout, "optim": runs.values(where, tmp_path)["optim"]}
+    run_ranks(_trains, 2, broken, timeout=120)
+    exact = 0 if "dp" in layout else 1e-5
+    for name in ("loss", "grad_norm"):
+        numbers = [[line[name] for line in runs.metrics(tmp_path / run)] for run in ("broken", "straight")]
+        assert numbers[0] == pytest.approx(numbers[1], rel=exact, abs=0), name
+    expected = runs.stored(tmp_path / "straight" / "checkpoints" / "step_4")
+    for key, tensor in runs.stored(tmp_path / "broken" / "checkpoints" / "step_4").items():
+        if not key.startswith("random."):
+            assert (tensor - expected[key]).abs().max() <= 100 * exact * expected[key].abs().max(), key
+
+
+def _saves(recipe: dict[str, Any]) -> None:
+    """A rank that saves and may neither form a group nor gather a tensor for it."""
+    import torch.distributed as dist
+
+    from mindspeed_train.config import Recipe
+    from mindspeed_train.tasks import TASKS
+    from mindspeed_train.trainer import Trainer
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a checkpoint is written without groups of its own, and without gathering")
+
+    trainer = Trainer(Recipe.model_validate(recipe), TASKS["pretrain"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("new_group", "gather", "all_gather", "scatter", "broadcast"):
+            patch.setattr(dist, name, never)
+        trainer.save()
+    from megatron.core import parallel_state
+
+    assert parallel_state._DATA_PARALLEL_GROUP_GLOO is None
+    trainer.close()
+
+
+def test_a_checkpoint_needs_no_groups_of_its_own(tmp_path: Path) -> None:
+    where = runs.material(tmp_path / "material")
+    recipe = runs.values(where, tmp_path / "run", parallel={"dp": 2}, optim={"distributed": True})
+    run_ranks(_saves, 2, recipe)
