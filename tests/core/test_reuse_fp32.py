@@ -233,6 +233,11 @@ def test_narrow_states_and_gradients_stay_near(distributed: bool) -> None:
         assert plain["bytes"] - found["bytes"] == pytest.approx(saved, rel=0.01)
 
 
+def test_gradients_added_apart_stay_near() -> None:
+    fused, apart = (run_ranks(trained, 2, {"dp": 2}, {"fused_accumulation": on}, 3, 4)[0] for on in (True, False))
+    assert apart["norms"] == pytest.approx(fused["norms"], rel=1e-2)
+
+
 def test_fp32_has_nothing_to_make_narrow() -> None:
     config = OptimConfig(reuse_fp32_param=True, bf16_states=True, bf16_grads=True)
     assert not config.precision_problems("bf16")

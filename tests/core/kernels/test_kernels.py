@@ -12,7 +12,17 @@ from torch import Tensor
 
 from mindspeed_core.device import Device
 from mindspeed_core.errors import InputError
-from mindspeed_core.kernels import KernelConfig, attention, cross_entropy, matmul, rms_norm, rotary, select, swiglu
+from mindspeed_core.kernels import (
+    KernelConfig,
+    attention,
+    cross_entropy,
+    matmul,
+    matmul_add,
+    rms_norm,
+    rotary,
+    select,
+    swiglu,
+)
 from mindspeed_core.models.family import pad_rows
 from tests.harness import run_ranks
 
@@ -247,7 +257,7 @@ def test_the_product_of_a_cpu_passes_gradcheck():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_of_weights_are_added_to_main_grad(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(matmul, "PIECE", 64 * 5)  # several pieces, the last one short
+    monkeypatch.setattr(matmul_add, "PIECE", 64 * 5)  # several pieces, the last one short
     x, leaf, grad = _linear_cases(17, 3, dtype)
     weight: Any = leaf
     plain = torch.autograd.grad(matmul.cpu(x, weight), weight, grad)[0]

@@ -66,7 +66,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "rms_norm": {"reference": rms_norm.reference, "cpu": rms_norm.cpu, "npu": rms_norm.npu},
     "swiglu": {"reference": swiglu.reference, "npu": swiglu.npu},
     "rotary": {"reference": rotary.reference, "cpu": rotary.cpu, "npu": rotary.npu},
-    "matmul": {"reference": matmul.native, "cpu": matmul.cpu},
+    "matmul": {"reference": matmul.native, "cpu": matmul.cpu, "npu": matmul.npu},
     "grouped_matmul": {"reference": grouped_matmul.reference, "cpu": grouped_matmul.cpu, "npu": grouped_matmul.npu},
     "permute": {"reference": permute.REFERENCE, "npu": permute.NPU},
 }

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_core.kernels import matmul
+from mindspeed_core.kernels import matmul, matmul_add
 from mindspeed_core.kernels.matmul import Product
 
 CACHED = 1 << 18  # logits that fit into a core's own cache with room to spare
@@ -50,7 +50,7 @@ def chunked(
     and autograd sees none.
     """
     chunk = chunk or max(1, hidden.shape[0])
-    into = getattr(weight, "main_grad", None) if product is not matmul.native else None
+    into = matmul_add.sum_of(weight) if product is not matmul.native else None
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # the gradients are made on the way
     if wide and hidden.dtype != torch.float32:

@@ -9,16 +9,17 @@ widen it and add it, three times the memory traffic.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_core.kernels import matmul_add
+
 FEW = 16  # rows up to which reading bf16 weights once is faster than widening them
 LEAST = 4  # rows from which oneDNN is faster than torch's own fp32
-PIECE = 1 << 17  # elements that are widened at a time: they stay in the cache
 
 Product = Callable[[Tensor, Tensor], Tensor]  # x [..., k], weight [n, k] -> x @ weight.T [..., n]
 
@@ -37,6 +38,13 @@ def cpu(x: Tensor, weight: Tensor, *, group: dist.ProcessGroup | None = None) ->
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight, group, product)
     return product(x, weight)
+
+
+def npu(x: Tensor, weight: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """As `native`; a gradient that has a sum to go to is added there by the same kernel that makes it."""
+    if torch.is_grad_enabled() and weight.requires_grad and matmul_add.sum_of(weight) is not None:
+        return _Linear.apply(x, weight, group, native, matmul_add.npu)
+    return native(x, weight)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -81,26 +89,24 @@ def onednn_is_exact() -> bool:
 
 def accumulate(into: Tensor, grad: Tensor, x: Tensor, product: Product) -> None:
     """Add the gradient of a weight, grad.T @ x, to `into`: grad [m, n], x [m, k], into [n, k]."""
-    if product is native and into.dtype == grad.dtype:
-        into.addmm_(grad.T, x)
+    if product is native:
+        matmul_add.reference(into, grad, x)
     else:
-        add(into, product(grad.T, x.T))
-
-
-def add(into: Tensor, grad: Tensor) -> None:
-    """Add a matrix of any dtype to another."""
-    if into.dtype == grad.dtype:
-        into += grad
-        return
-    rows = max(1, PIECE // grad.shape[1])  # torch widens the whole operand first
-    for part, piece in zip(into.split(rows), grad.split(rows), strict=True):
-        part += piece
+        matmul_add.add(into, product(grad.T, x.T))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup | None, product: Product) -> Tensor:
-        ctx.group, ctx.product, ctx.into = group, product, getattr(weight, "main_grad", None)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        group: dist.ProcessGroup | None,
+        product: Product,
+        add: matmul_add.Add | None = None,
+    ) -> Tensor:
+        ctx.add = add or partial(accumulate, product=product)
+        ctx.group, ctx.product, ctx.into = group, product, matmul_add.sum_of(weight)
         ctx.save_for_backward(x, weight)
         return product(x, weight)
 
@@ -117,7 +123,7 @@ class _Linear(torch.autograd.Function):
             if ctx.into is None:
                 grad_weight = ctx.product(grad.T, rows.T)
             else:
-                accumulate(ctx.into, grad, rows, ctx.product)
+                ctx.add(ctx.into, grad, rows)
         if summing is not None:
             summing.wait()
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None

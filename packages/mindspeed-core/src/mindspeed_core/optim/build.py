@@ -30,6 +30,7 @@ class OptimConfig(Section):
     reuse_fp32_param: bool | Literal["half_away"] = False  # bf16: weight and 16 more bits are the master, exactly
     bf16_states: bool = False  # bf16: moments in 2 bytes each, rounded after every step
     bf16_grads: bool = False  # bf16: gradients summed in 2 bytes, not in 4
+    fused_accumulation: bool = True  # the product that makes a weight's gradient adds it to the sum over micro batches
     overlap_grad_reduce: bool = False  # sum gradients over the copies while the last backward goes on
     overlap_param_gather: bool = False  # gather what was updated elsewhere while the next forward goes on
 

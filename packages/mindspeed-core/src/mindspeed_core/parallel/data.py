@@ -31,6 +31,9 @@ def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> li
         overlap_param_gather=config.overlap_param_gather,
         use_distributed_optimizer=config.distributed,
     )
+    if not config.fused_accumulation:
+        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+            parameter.adds_apart = True
     wrapped = [
         ModelCopy(chunk.config, settings, chunk, disable_bucketing=place > 0, pg_collection=mesh.groups)
         for place, chunk in enumerate(chunks)

@@ -25,7 +25,8 @@ class _DeviceProduct:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         """Return input @ weight.T + bias, with the collective before it that Megatron's own function folds in."""
-        if self.kernels.matmul is matmul.native:
+        # on an NPU Megatron gathers the input a second time rather than keep it whole: worth more than a fused addition
+        if self.kernels.matmul is matmul.native or (self.kernels.matmul is matmul.npu and kwargs["sequence_parallel"]):
             megatron: Any = super()
             return megatron._forward_impl(input, weight, **kwargs)
         if kwargs["sequence_parallel"]:

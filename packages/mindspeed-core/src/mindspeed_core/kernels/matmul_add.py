@@ -1,0 +1,48 @@
+"""The gradient of a weight, added at once to the sum over micro batches that data parallelism keeps: into += grad.T @ x.
+
+Otherwise the product is written in the weight's dtype, read, widened and added: three times the memory traffic, and a
+rounding to bf16 before each addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PIECE = 1 << 17  # elements that are widened at a time: they stay in the cache
+
+Add = Callable[[Tensor, Tensor, Tensor], None]  # to [n, k], of grad [m, n] and x [m, k]
+
+
+def sum_of(weight: Tensor) -> Tensor | None:
+    """Return what the gradient of a weight is to be added to; None: autograd shall have it."""
+    return None if getattr(weight, "adds_apart", False) else getattr(weight, "main_grad", None)
+
+
+def reference(into: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Add grad.T @ x to `into` [n, k]: grad [m, n], x [m, k]."""
+    if into.dtype == grad.dtype:
+        into.addmm_(grad.T, x)
+    else:
+        add(into, grad.T @ x)
+
+
+def npu(into: Tensor, grad: Tensor, x: Tensor) -> None:
+    """As `reference`; bf16 products are added to fp32 sums unrounded, as one group of the kernel for experts."""
+    if into.dtype != torch.float32 or grad.dtype == torch.float32:
+        reference(into, grad, x)
+        return
+    rows = torch.tensor([x.shape[0]], device=x.device)
+    torch.ops.npu.npu_grouped_matmul_add_(into[None], grad, x, rows, transpose_x=True, group_type=2)
+
+
+def add(into: Tensor, grad: Tensor) -> None:
+    """Add a matrix of any dtype to another."""
+    if into.dtype == grad.dtype:
+        into += grad
+        return
+    rows = max(1, PIECE // grad.shape[1])  # torch widens the whole operand first
+    for part, piece in zip(into.split(rows), grad.split(rows), strict=True):
+        part += piece
