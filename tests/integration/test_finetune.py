@@ -16,8 +16,8 @@ from tests.train import runs
 
 HELD_OUT = 24
 SHORT = 300  # characters of a row
-QUESTION = "What is the capital of France?"
-ANSWERING = ["--temperature", "0", "--max-new-tokens", "40", "--dtype", "fp32"]  # see test_chat.py
+QUESTION = "Where is the Eiffel Tower?"
+ANSWERING = ["--temperature", "0", "--max-new-tokens", "40", "--dtype", "fp32"]
 
 
 @pytest.fixture(scope="module")
