@@ -61,7 +61,7 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
     for chunk in chunks:
         chunk.train(train)  # routers draw at random only while they learn
     beside = in_advance.communicator(chunks, mesh, len(micro_batches)) if train and chunked else None
-    own = {} if beside is None else {"p2p_communicator": beside, "pg_collection": mesh.groups}
+    own: dict[str, Any] = {} if beside is None else {"p2p_communicator": beside, "pg_collection": mesh.groups}
     with torch.set_grad_enabled(train):
         reports = get_forward_backward_func(mesh.pp.size, len(chunks) if chunked else None)(
             forward_step_func=step,
