@@ -13,16 +13,15 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from setting import LLAMA_25M, surround
 
 from mindspeed_core import megatron
 from mindspeed_core.device import Device
-from mindspeed_core.launch import SURROUNDINGS
 from mindspeed_core.memory.config import MemoryConfig
 from mindspeed_core.memory.saved import SavedBytes
 from mindspeed_core.models.build import build_model
@@ -33,16 +32,7 @@ from mindspeed_core.parallel.data import wrap_data_parallel
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 
 RESULTS = Path(__file__).parent / "results" / "memory.md"
-SIZES = {
-    "hidden_size": 384,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "intermediate_size": 1024,
-    "vocab_size": 16384,
-    "max_position_embeddings": 2048,
-}
+SIZES = {**LLAMA_25M, "head_dim": 64}
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sections memory and optim
     "plain": ({}, {}),
     "recompute: full": ({"recompute": "full"}, {}),
@@ -143,9 +133,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in SURROUNDINGS.items()):
-        # threads and allocator are read when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SURROUNDINGS})
+    surround()
     torch.set_num_threads(1)
     device = Device.open("cpu")
     megatron.load(device)

@@ -17,7 +17,6 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,9 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from setting import LLAMA_25M, surround
 
 from mindspeed_core.device import Device
-from mindspeed_core.launch import SURROUNDINGS
 from mindspeed_core.models.build import build_model
 from mindspeed_core.models.families import family_of
 from mindspeed_core.models.weights import load_weights, random_tensors
@@ -41,15 +40,7 @@ from mindspeed_train.step import run_batch
 from mindspeed_train.tasks.task import token_loss
 
 RESULTS = Path(__file__).parent / "results" / "pipeline_bubble.md"
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 384,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "intermediate_size": 1024,
-    "vocab_size": 16384,
-}
+MODEL = {"architectures": ["LlamaForCausalLM"], **LLAMA_25M}
 ROWS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("1F1B", {"pp": 2}, 2),
     ("1F1B", {"pp": 2}, 8),
@@ -167,8 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in SURROUNDINGS.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SURROUNDINGS})
+    surround()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(rank_main, args=(folder, args.length, args.rounds), nprocs=2)
         results = torch.load(f"{folder}/results", weights_only=False)

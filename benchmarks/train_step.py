@@ -12,10 +12,8 @@ Run it with the allocator settings our launcher gives its ranks (they help both 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +21,10 @@ from typing import Any
 
 import torch
 import transformers
+from setting import LLAMA_25M, surround
 
 from mindspeed_core import megatron
 from mindspeed_core.device import Device
-from mindspeed_core.launch import SURROUNDINGS
 from mindspeed_core.models.build import DTYPES, build_model
 from mindspeed_core.models.families import family_of
 from mindspeed_core.models.weights import load_weights
@@ -35,17 +33,7 @@ from mindspeed_core.parallel.data import wrap_data_parallel
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 
 RESULTS = Path(__file__).parent / "results" / "train_step.md"
-SIZES = {
-    "25m": {
-        "hidden_size": 384,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "intermediate_size": 1024,
-        "vocab_size": 16384,
-        "max_position_embeddings": 2048,
-    }
-}
+SIZES = {"25m": LLAMA_25M}
 
 
 class Peer:
@@ -170,9 +158,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in SURROUNDINGS.items()):
-        # threads and allocator are read when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SURROUNDINGS})
+    surround()
     torch.set_num_threads(1)
     device = Device.open("cpu")
     megatron.load(device)
