@@ -75,11 +75,11 @@ def _travels(world: int) -> list[tuple[str, int]]:
     """The collectives of one column linear in four pieces, forward and backward, with the elements each moved."""
     import torch.distributed as dist
 
-    from mindspeed_core.kernels import matmul_collective
+    from mindspeed_core.kernels import collective, matmul_collective
 
     seen: list[tuple[str, int]] = []
     group: Any = dist.group.WORLD
-    gather, scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+    gather, scatter = collective.all_gather, collective.reduce_scatter
 
     def watched(name: str, function: Any) -> Any:
         def call(out: Tensor, part: Tensor, **more: Any) -> Any:
@@ -88,7 +88,7 @@ def _travels(world: int) -> list[tuple[str, int]]:
 
         return call
 
-    dist.all_gather_into_tensor, dist.reduce_scatter_tensor = watched("gather", gather), watched("scatter", scatter)
+    collective.all_gather, collective.reduce_scatter = watched("gather", gather), watched("scatter", scatter)
     x = torch.randn(ROWS, BATCH, K, requires_grad=True)
     weight = torch.randn(N, K, requires_grad=True)
     matmul_collective.gather_matmul(x, weight, group, matmul_collective.chunked(4)).sum().backward()

@@ -24,9 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_core.kernels import matmul
-
-Product = Callable[[Tensor, Tensor], Tensor]
+from mindspeed_core.kernels import collective, matmul
+from mindspeed_core.kernels.matmul import Product
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Collectives:
     gather: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]  # the product, and x of all ranks [tp * m, k]
     scatter: Callable[[Tensor, Tensor, Any], Tensor]
     reduce: Callable[[Tensor, Tensor, Any], Tensor]
+    product: Product = matmul.native  # what no collective stands beside
 
 
 def select(kind: str, device_type: str, *, chunks: int, product: Product) -> Collectives | None:
@@ -58,6 +58,7 @@ def chunked(chunks: int, product: Product = matmul.native) -> Collectives:
         gather=partial(_gather, chunks=chunks, product=product),
         scatter=partial(_scatter, chunks=chunks, product=product),
         reduce=partial(_reduce, chunks=chunks, product=product),
+        product=product,
     )
 
 
@@ -94,11 +95,11 @@ class _GatherMatmul(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = x.flatten(0, -2).contiguous()
         everything = rows.new_empty(ctx.group.size() * rows.shape[0], rows.shape[1])
-        arriving = dist.all_gather_into_tensor(everything, rows, group=ctx.group, async_op=True)
+        arriving = collective.all_gather(everything, rows, group=ctx.group, async_op=True)
         grad = grad.flatten(0, -2).contiguous()
         grad_x = ctx.side.scatter(grad, weight.T, ctx.group).view_as(x)
         arriving.wait()
-        return grad_x, _outer(grad, everything, weight), None, None
+        return grad_x, ctx.side.product(grad.T, everything.T), None, None
 
 
 class _MatmulScatter(torch.autograd.Function):
@@ -113,28 +114,21 @@ class _MatmulScatter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad_x, everything = ctx.side.gather(grad.flatten(0, -2).contiguous(), weight.T, ctx.group)
-        return grad_x.view_as(x), _outer(everything, x.flatten(0, -2), weight), None, None
+        return grad_x.view_as(x), ctx.side.product(everything.T, x.flatten(0, -2).T), None, None
 
 
 class _MatmulReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
+        ctx.side = side
         ctx.save_for_backward(x, weight)
         return side.reduce(x.flatten(0, -2), weight, group).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors  # the sum is already known everywhere, and so is its gradient
-        rows = grad.flatten(0, -2)
-        return (_wide(rows) @ _wide(weight)).to(x.dtype).view_as(x), _outer(rows, x.flatten(0, -2), weight), None, None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 and matmul.widens() else x
-
-
-def _outer(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return (_wide(grad).T @ _wide(x)).to(weight.dtype)
+        rows, product = grad.flatten(0, -2), ctx.side.product
+        return product(rows, weight.T).view_as(x), product(rows.T, x.flatten(0, -2).T), None, None
 
 
 def _pieces(rows: int, chunks: int) -> int:
@@ -157,7 +151,7 @@ def _gather(
     arrived = [x.new_empty(size, rows // pieces, k) for _ in range(pieces)]
 
     def send(c: int) -> Any:
-        return dist.all_gather_into_tensor(arrived[c].view(-1, k), parts[c], group=group, async_op=True)
+        return collective.all_gather(arrived[c].view(-1, k), parts[c], group=group, async_op=True)
 
     travelling = send(0)
     made: list[Tensor] = []
@@ -180,7 +174,7 @@ def _scatter(x: Tensor, weight: Tensor, group: dist.ProcessGroup, *, chunks: int
     for c in range(pieces):
         made = product(parts[:, c], weight).flatten(0, 1).contiguous()
         mine = made.new_empty(rows // pieces, made.shape[1])
-        travelling.append((made, dist.reduce_scatter_tensor(mine, made, group=group, async_op=True)))
+        travelling.append((made, collective.reduce_scatter(mine, made, group=group, async_op=True)))
         out.append(mine)
     for _sent, work in travelling:
         work.wait()

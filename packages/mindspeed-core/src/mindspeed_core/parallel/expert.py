@@ -22,14 +22,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mindspeed_core.kernels import collective
 from mindspeed_core.kernels.permute import Permutation
 
 Collective = Callable[[Tensor], tuple[Tensor, Any]]  # contiguous tensor -> (where the result will be, its handle)
 Meanwhile = Callable[[], None]
-
-# newer versions of torch warn of the names that older ones know
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,7 @@ def _gathering(group: dist.ProcessGroup) -> Collective | None:
 
     def start(x: Tensor) -> tuple[Tensor, Any]:
         out = x.new_empty(group.size() * len(x), *x.shape[1:])
-        return out, _Kept(_all_gather(out, x, group=group, async_op=True), x)
+        return out, _Kept(collective.all_gather(out, x, group=group, async_op=True), x)
 
     return start
 
@@ -237,7 +234,7 @@ def _scattering(group: dist.ProcessGroup) -> Collective | None:
 
     def start(x: Tensor) -> tuple[Tensor, Any]:
         out = x.new_empty(len(x) // group.size(), *x.shape[1:])
-        return out, _Kept(_reduce_scatter(out, x, group=group, async_op=True), x)
+        return out, _Kept(collective.reduce_scatter(out, x, group=group, async_op=True), x)
 
     return start
 
@@ -282,7 +279,7 @@ def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return x[None]
     out = x.new_empty(group.size() * len(x))
-    _all_gather(out, x, group=group)
+    collective.all_gather(out, x, group=group)
     return out.view(group.size(), -1)
 
 
