@@ -1,7 +1,11 @@
+import json
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
+from mindspeed_core.conversation import IGNORED, Labelled
 from mindspeed_core.errors import InputError
 from mindspeed_core.templates import TEMPLATES, template
 from mindspeed_core.tokenizer import Tokenizer
@@ -19,25 +23,140 @@ LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
     "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-WRITTEN = {  # the whole conversation, with [[what is learned]]
-    "qwen": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    "[[think<|im_end|>]]\n<|im_start|>user\nAnd  more?<|im_end|>\n<|im_start|>assistant\n[[Yes.<|im_end|>]]",
+CHATML = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[think<|im_end|>]]"
+    "\n<|im_start|>user\nAnd  more?<|im_end|>\n<|im_start|>assistant\n[[Yes.<|im_end|>]]"
+)
+R1 = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "
+    "thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning process and "
+    "answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process "
+    r"here </think><answer> answer here </answer>Put your final answer within \\boxed{}. "
+)
+INTERN2 = (
+    "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    "[[think<|im_end|>\n]]<|im_start|>user\nAnd  more?<|im_end|>\n<|im_start|>assistant\n[[Yes.<|im_end|>\n]]"
+)
+MISTRAL = "<s>Be brief.[INST] Hi [/INST][[think</s>]][INST] And  more? [/INST][[Yes.</s>]]"
+DEEPSEEK2 = "<s>Be brief.\n\nUser: Hi\n\nAssistant:[[think</s>]]User: And  more?\n\nAssistant:[[Yes.</s>]]"
+CHATGLM3 = "[gMASK]sop<|system|>\nBe brief.<|user|>\nHi<|assistant|>[[\nthink]](<|user|>=</s>)\nAnd  more?<|assistant|>[[\nYes.</s>]]"
+# The whole conversation of SYSTEM and TURNS, with [[what is learned]]; (a=b): b is learned in the place of a.
+WRITTEN = {
+    "chatml": CHATML,
+    "chatml_de": CHATML,
+    "qwen": CHATML,
+    "qwen_math_r1": CHATML,
+    "qwen_r1": CHATML.replace("user\n", f"user\n{R1}"),
+    # Answers without a thought get an empty one, which is given.
+    "qwen3": INTERN2.removeprefix("<s>").replace("[[", "<think>\n\n</think>\n\n[["),
+    "intern2": INTERN2,
     "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST][[think</s>]]<s>[INST] And  more? [/INST][[Yes.</s>]]",
     "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>"
     "\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[[think<|eot_id|>]]<|start_header_id|>user"
     "<|end_header_id|>\n\nAnd  more?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[[Yes.<|eot_id|>]]",
+    "mistral": MISTRAL,
+    "mixtral": MISTRAL,
+    "gemma": "<s>Be brief.<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n[[think]](<end_of_turn>=</s>)\n"
+    "<start_of_turn>user\nAnd  more?<end_of_turn>\n<start_of_turn>model\n[[Yes.</s>]]",
+    "deepseek2": DEEPSEEK2,
+    "deepseek2-lite": DEEPSEEK2,
+    "minicpm3": DEEPSEEK2,
+    "deepseek3": "<s>Be brief.<｜User｜>Hi<｜Assistant｜>[[think</s>]]<｜User｜>And  more?<｜Assistant｜>[[Yes.</s>]]",
+    "chatglm2": "[gMASK]sopBe brief.[Round 1]\n\n问：Hi\n\n答：[[think]](\n=</s>)\n[Round 2]\n\n问：And  more?\n\n答：[[Yes.</s>]]",
+    "chatglm3": CHATGLM3,
+    "chatglm3_system": CHATGLM3,
+    "glm4": CHATGLM3.replace("sop<", "<sop><"),
+    "glm4_moe": CHATGLM3.replace("sop<", "<sop><").replace("[[", "\n<think></think>[["),
+    "gpt-oss": "<|start|>system<|message|>Be brief.<|end|><|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final"
+    "<|message|>[[think]](<|end|>=</s>)<|start|>user<|message|>And  more?<|end|><|start|>assistant<|channel|>final<|message|>"
+    "[[Yes.</s>]]",
+    "baichuan2": "Be brief.<reserved_106>Hi<reserved_107>[[think]](<reserved_106>=</s>)And  more?<reserved_107>[[Yes.</s>]]",
+    "cpm": "<s>Be brief.<用户>Hi<AI>[[think</s>]]<用户>And  more?<AI>[[Yes.</s>]]",
+    "hunyuan": "Be brief.Hi[[think]]And  more?[[Yes.]]",
     "alpaca": "Be brief.### Instruction:\nHi\n\n### Response:\n[[think</s>]]\n\n### Instruction:\nAnd  more?\n\n"
     "### Response:\n[[Yes.</s>]]",
+    "default": "Be brief.\nHuman: Hi\nAssistant:[[think</s>]]\nHuman: And  more?\nAssistant:[[Yes.</s>]]",
+    "trl": "<s>Be brief.Hi[[think]]And  more?[[Yes.]]",
     "empty": "Be brief.Hi[[think]]And  more?[[Yes.]]",
 }
-WRITTEN["chatml"] = WRITTEN["qwen"]
+DEFAULT_SYSTEMS = {
+    "chatml_de": "Du bist ein freundlicher und hilfsbereiter KI-Assistent.",
+    "qwen": "You are a helpful assistant.",
+    "qwen_r1": "You are a helpful assistant.",
+    "qwen_math_r1": r"Please reason step by step, and put your final answer within \boxed{}.",
+    "hunyuan": "You are a helpful assistant.",
+    "chatglm3_system": "You are ChatGLM3, a large language model trained by Zhipu.AI. Follow the user's instructions carefully. "
+    "Respond using markdown.",
+    "gpt-oss": "You are ChatGPT, a large language model trained by OpenAI.",
+    "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
+}
+THOUGHTS = {  # a thought as it stands in an answer, and how an empty one is written
+    "qwen3": ("<think>\nHm.\n</think>\n\n", "<think>\n\n</think>\n\n"),
+    "glm4_moe": ("<think>Hm.</think>\n", "\n<think></think>"),
+    "gpt-oss": (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>",
+        "<|channel|>final<|message|>",
+    ),
+}
+WEATHER = {
+    "name": "weather",
+    "description": "Now",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "description": "where", "enum": ["Rom", "köln"]},
+            "days": {"type": "array", "items": {"type": "integer"}},
+        },
+        "required": ["city"],
+    },
+}
+CALL = {"name": "weather", "arguments": {"city": "köln", "days": [1, 2]}}
+WITH_CALL: list[dict[str, Any]] = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "function", "content": "", "calls": [CALL]},
+    {"role": "observation", "content": '{"rain": true}'},
+    {"role": "assistant", "content": "Yes."},
+]
+DEFAULT_TOOLS = (
+    "You have access to the following tools:\n> Tool Name: weather\nTool Description: Now\nTool Args:\n"
+    "  - city (string, required): where, should be one of [Rom, köln]\n"
+    "  - days (array): , where each item should be integer\n\n"
+    "Use the following format if using a tool:\n```\nAction: tool name (one of [weather]).\n"
+    "Action Input: the input to the tool, in a JSON format representing the kwargs "
+    '(e.g. ```{"input": "hello world", "num_beams": 5}```).\n```\n'
+)
+ARGUMENTS = '{"city": "köln", "days": [1, 2]}'
+WITH_TOOLS = {
+    "qwen": f"<|im_start|>system\nYou are a helpful assistant.{DEFAULT_TOOLS}<|im_end|>\n<|im_start|>user\nRain?<|im_end|>\n"
+    f"<|im_start|>assistant\n[[Action: weather\nAction Input: {ARGUMENTS}<|im_end|>]]\n<|im_start|>tool\n"
+    '{"rain": true}<|im_end|>\n<|im_start|>assistant\n[[Yes.<|im_end|>]]',
+    "llama2": f"<s>[INST] <<SYS>>\n{DEFAULT_TOOLS}\n<</SYS>>\n\nRain? [/INST][[Action: weather\nAction Input: {ARGUMENTS}</s>]]"
+    '<s>[INST] {"rain": true} [/INST][[Yes.</s>]]',
+    "glm4": "[gMASK]<sop><|system|>\n你是一个名为 ChatGLM 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，你的任务是针对用户的"
+    f"问题和要求提供适当的答复和支持。\n\n# 可用工具\n\n## weather\n\n{json.dumps(WEATHER, indent=4, ensure_ascii=False)}\n"
+    f"在调用上述函数时，请使用 Json 格式表示调用的参数。<|user|>\nRain?<|assistant|>[[weather\n{ARGUMENTS}]](<|observation|>=</s>)\n"
+    '{"rain": true}<|assistant|>[[\nYes.</s>]]',
+    "glm4_moe": "[gMASK]<sop><|system|>\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+    f"{json.dumps({'type': 'function', 'function': WEATHER}, ensure_ascii=False)}\n</tools>\n\n"
+    "For each function call, output the function name and arguments within the following XML format:\n"
+    "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}</arg_value>\n"
+    "<arg_key>{arg-key-2}</arg_key>\n<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>"
+    "<|user|>\nRain?<|assistant|>\n<think></think>[[\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>köln</arg_value>\n"
+    "<arg_key>days</arg_key>\n<arg_value>[1, 2]</arg_value>\n</tool_call>]](<|observation|>=</s>)\n<tool_response>\n"
+    '{"rain": true}\n</tool_response><|assistant|>\n<think></think>[[\nYes.</s>]]',
+}
+
+SPECIALS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|system|>")
+SPECIALS += ("<|observation|>", "[gMASK]", "sop", "<end_of_turn>", "<reserved_106>", "<|start|>", "<|end|>")
 
 
 class Letters:
     """Stands for a tokenizer: one id per character, special tokens whole."""
 
     folder = Path("letters")
-    bos, eos, specials = 1, 2, {"<s>": 1, "</s>": 2, "<|im_start|>": 3, "<|im_end|>": 4, "<|eot_id|>": 5}
+    bos, eos = 0xE001, 0xE002
+    specials = MappingProxyType({name: 0xE001 + i for i, name in enumerate(SPECIALS)})
 
     def id_of(self, token: str) -> int | None:
         return self.specials.get(token)
@@ -52,8 +171,23 @@ class Letters:
         return "".join(names.get(i, chr(i)) for i in ids)
 
 
-def joined(turns: list[tuple[list[int], list[int]]]) -> list[int]:
-    return [i for source, target in turns for i in (*source, *target)]
+def written(labelled: Labelled, tokenizer: Any) -> str:
+    """A conversation in the notation of WRITTEN."""
+    text, learned = "", False
+    for id, label in zip(*labelled, strict=True):
+        if (label == id) != learned:
+            learned = not learned
+            text += "[[" if learned else "]]"
+        here = tokenizer.decode([id])
+        text += here if label in (id, IGNORED) else f"({here}={tokenizer.decode([label])})"
+    return text + "]]" * learned
+
+
+def unmarked(text: str) -> str:
+    """The text that is fed to the model."""
+    for mark in ("[[", "]]", "(", "=</s>)"):
+        text = text.replace(mark, "")
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -61,32 +195,152 @@ def qwen3(shared_data: Path) -> Tokenizer:
     return Tokenizer.load(shared_data / "tokenizers/qwen3")
 
 
-@pytest.mark.parametrize("name", sorted(WRITTEN))
-def test_a_conversation_is_written_as_the_original_writes_it(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_a_conversation_is_written_as_its_model_knows_it(name: str) -> None:
     tokenizer = Letters()
-    turns = TEMPLATES[name].encode(tokenizer, [SYSTEM, *TURNS])
-    assert "".join(f"{tokenizer.decode(a)}[[{tokenizer.decode(b)}]]" for a, b in turns) == WRITTEN[name]
+    TEMPLATES[name].check(tokenizer)
+    assert written(TEMPLATES[name].encode(tokenizer, [SYSTEM, *TURNS]), tokenizer) == WRITTEN[name]
     prompt = tokenizer.decode(TEMPLATES[name].prompt(tokenizer, [SYSTEM, *TURNS[:3]]))
-    assert prompt == WRITTEN[name].rsplit("[[", 1)[0].replace("[[", "").replace("]]", "")
+    expected = WRITTEN[name].rsplit("[[", 1)[0]
+    if name in THOUGHTS:  # the model thinks first, or not: no thought is written for the answer that is to come
+        empty = THOUGHTS[name][1]
+        expected = expected.removesuffix(empty)
+        expected = expected.replace(empty, "") if name == "qwen3" else expected
+    assert prompt == unmarked(expected)
 
 
-def test_the_default_system_text_stands_where_none_is_given() -> None:
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_the_default_system_text_stands_where_none_is_given(name: str) -> None:
     tokenizer = Letters()
-    for name in TEMPLATES:
-        default = TEMPLATES[name].default_system
-        written = tokenizer.decode(TEMPLATES[name].prompt(tokenizer, TURNS[:1]))
-        assert (default or "Hi") in written
-        assert (name in ("qwen", "alpaca")) == (default is not None)
+    prompt = tokenizer.decode(TEMPLATES[name].prompt(tokenizer, TURNS[:1]))
+    default = DEFAULT_SYSTEMS.get(name, "")
+    filled = tokenizer.decode(TEMPLATES[name].prompt(tokenizer, TURNS[:1], default or "Be brief."))
+    assert (prompt == filled) == bool(default)
+    assert default in prompt
+    assert "Be brief." not in prompt
+
+
+@pytest.mark.parametrize("name", sorted(THOUGHTS))
+def test_thoughts_stay_are_learned_or_are_left_out(name: str) -> None:
+    tokenizer, (thought, empty) = Letters(), THOUGHTS[name]
+    thoughtful = [TURNS[0], {"role": "assistant", "content": thought + "think"}, *TURNS[2:]]
+    plain = template(name).encode(tokenizer, TURNS)
+    kept = written(template(name).encode(tokenizer, thoughtful), tokenizer)
+    mark = "\n" if name == "glm4_moe" else ""  # before every answer
+    assert kept == written(plain, tokenizer).replace(f"{empty}[[{mark}think", f"[[{mark}{thought}think")
+    learned = template(name, thinking=True).encode(tokenizer, TURNS)
+    assert written(learned, tokenizer) == written(plain, tokenizer).replace(f"{empty}[[", f"[[{empty}")
+    assert template(name, thinking=False).encode(tokenizer, thoughtful) == plain
+    prompt = template(name).prompt(tokenizer, thoughtful[:3])
+    assert template(name, thinking=False).prompt(tokenizer, thoughtful[:3]) == prompt + tokenizer.encode(empty)
+    # In chat earlier thoughts are gone, and so they are where the last answer alone is learned.
+    last = template(name).encode(tokenizer, thoughtful, learn="last")
+    assert last.ids[: len(prompt)] == prompt
+    assert tokenizer.decode([i for i in last.labels if i != IGNORED]).startswith(f"{mark}Yes.")
+
+
+@pytest.mark.parametrize("name", sorted(WITH_TOOLS))
+def test_tools_and_calls_are_written(name: str) -> None:
+    tokenizer = Letters()
+    labelled = TEMPLATES[name].encode(tokenizer, WITH_CALL, tools=[WEATHER])
+    assert written(labelled, tokenizer) == WITH_TOOLS[name]
+    prompt = TEMPLATES[name].prompt(tokenizer, WITH_CALL[:1], tools=[WEATHER])
+    assert labelled.ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "content", "tools", "said"),
+    [
+        ("qwen", [CALL, CALL], "", [], "template qwen writes one function call in a message"),
+        ("glm4", [CALL], "Let me see.", [], "template glm4 writes one function call in a message"),
+        ("gpt-oss", [CALL], "", [], "template gpt-oss writes no function calls"),
+        ("gpt-oss", [CALL], "", [WEATHER], "template gpt-oss writes no tools"),
+        ("qwen", [CALL], "", [{"name": "x"}], "tools that cannot be written: .*parameters"),
+    ],
+)
+def test_what_a_template_cannot_write_is_said(
+    name: str, calls: list[Any], content: str, tools: list[Any], said: str
+) -> None:
+    messages = [WITH_CALL[0], {"role": "function", "content": content, "calls": calls}]
+    with pytest.raises(ValueError, match=said):
+        TEMPLATES[name].encode(Letters(), messages, tools=tools)
+
+
+def test_a_text_that_looks_like_a_place_stays_text() -> None:
+    messages = [{"role": "user", "content": "{{idx}} {{content}}"}, TURNS[1]]
+    assert "问：{{idx}} {{content}}\n" in Letters().decode(TEMPLATES["chatglm2"].encode(Letters(), messages).ids)
+
+
+def test_what_is_learned_can_be_chosen() -> None:
+    tokenizer, gemma = Letters(), TEMPLATES["gemma"]
+    answers, last, everything = (
+        gemma.encode(tokenizer, TURNS, learn="answers"),
+        gemma.encode(tokenizer, TURNS, learn="last"),
+        gemma.encode(tokenizer, TURNS, learn="all"),
+    )
+    assert answers.ids == last.ids == everything.ids == everything.labels
+    assert tokenizer.decode([i for i in answers.labels if i != IGNORED]) == "think</s>Yes.</s>"
+    assert tokenizer.decode([i for i in last.labels if i != IGNORED]) == "Yes.</s>"
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("name", ["qwen", "chatml"])
+@pytest.mark.parametrize("name", ["qwen", "chatml", "qwen3"])
 @pytest.mark.parametrize("turns", [1, 3])
 def test_prompts_equal_the_tokenizers_own_template(qwen3: Tokenizer, name: str, turns: int) -> None:
-    for messages in [[SYSTEM, *TURNS[:turns]], *([TURNS[:turns]] if name == "chatml" else [])]:
+    for messages in [[SYSTEM, *TURNS[:turns]], *([TURNS[:turns]] if name != "qwen" else [])]:
         theirs = qwen3.hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert TEMPLATES[name].prompt(qwen3, messages) == theirs
         assert template(None).prompt(qwen3, messages) == theirs
+    theirs = qwen3.hf.apply_chat_template(
+        TURNS[:turns], add_generation_prompt=True, enable_thinking=False, return_dict=False
+    )
+    assert template("qwen3", thinking=False).prompt(qwen3, TURNS[:turns]) == theirs
+
+
+@pytest.mark.real_data
+def test_qwen3_equals_the_tokenizers_own_template(qwen3: Tokenizer) -> None:
+    """Thoughts, tools and calls included; only the newline after the last answer is learned in one and left out in the other."""
+    thoughtful = [TURNS[0], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHello."}]
+    for messages in (TURNS, [SYSTEM, *TURNS], thoughtful, [*thoughtful, *TURNS[2:]]):
+        ours = template("qwen3").encode(qwen3, messages, learn="last")
+        assert ours.ids == qwen3.hf.apply_chat_template(messages, return_dict=False)
+        if len(messages) == 2:
+            assert template("qwen3").encode(qwen3, messages) == ours
+            own = template(None).encode(qwen3, messages)
+            assert (ours.ids[:-1], ours.labels[:-1]) == own
+    calls = [
+        TURNS[0],
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}] * 2},
+        {"role": "tool", "content": '{"rain": true}'},
+        TURNS[3],
+    ]
+    for system in (None, "Be brief."):
+        ours = [TURNS[0], {"role": "function", "content": "", "calls": [CALL, CALL]}, *WITH_CALL[2:3], TURNS[3]]
+        theirs = qwen3.hf.apply_chat_template(
+            [*([SYSTEM] if system else []), *calls],
+            tools=[{"type": "function", "function": WEATHER}],
+            return_dict=False,
+        )
+        own = template(None).encode(qwen3, ours, system, [WEATHER])
+        assert [*own.ids, *qwen3.encode("\n")] == theirs
+        learned = qwen3.decode([i for i in own.labels if i != IGNORED], skip_special=False)
+        call = '<tool_call>\n{"name": "weather", "arguments": {"city": "köln", "days": [1, 2]}}\n</tool_call>'
+        assert learned == f"{call}\n{call}<|im_end|><think>\n\n</think>\n\nYes.<|im_end|>"
+        assert template("qwen3").encode(qwen3, ours, system, [WEATHER], learn="last").ids == theirs
+
+
+@pytest.mark.real_data
+def test_mistral_is_tokenised_slot_by_slot(shared_data: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    folder = shared_data / "tokenizers/mistral_v1"
+    pieces = SentencePieceProcessor(str(folder / "tokenizer.model"))
+    labelled = TEMPLATES["mistral"].encode(Tokenizer.load(folder), TURNS)
+    slots = ["[INST] Hi [/INST]", "think", "[INST] And  more? [/INST]", "Yes."]
+    first, second, third, fourth = (list(pieces.encode(slot)) for slot in slots)
+    assert labelled.ids == [1, *first, *second, 2, *third, *fourth, 2]
+    ignored = [[IGNORED] * len(slot) for slot in (first, third)]
+    assert labelled.labels == [IGNORED, *ignored[0], *second, 2, *ignored[1], *fourth, 2]
 
 
 def test_llama3_equals_the_published_template(tmp_path: Path) -> None:
@@ -96,7 +350,7 @@ def test_llama3_equals_the_published_template(tmp_path: Path) -> None:
     for messages in (TURNS, [SYSTEM, *TURNS]):
         theirs = tokenizer.hf.apply_chat_template(messages, return_dict=False)
         for ours in (TEMPLATES["llama3"], template("tokenizer")):
-            assert joined(ours.encode(tokenizer, messages)) == theirs
+            assert ours.encode(tokenizer, messages).ids == theirs
         theirs = tokenizer.hf.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         assert TEMPLATES["llama3"].prompt(tokenizer, messages[:-1]) == theirs
     assert TEMPLATES["llama3"].encode(tokenizer, TURNS) == template(None).encode(tokenizer, TURNS)
@@ -104,17 +358,14 @@ def test_llama3_equals_the_published_template(tmp_path: Path) -> None:
 
 @pytest.mark.real_data
 def test_the_tokenizers_own_template_learns_answers_and_their_end(qwen3: Tokenizer) -> None:
-    turns = template(None).encode(qwen3, [SYSTEM, *TURNS])
-    flat = joined(turns)
+    labelled = template(None).encode(qwen3, [SYSTEM, *TURNS])
     theirs = qwen3.hf.apply_chat_template([SYSTEM, *TURNS], return_dict=False)
-    assert theirs == [*flat, *qwen3.encode("\n")]
+    assert theirs == [*labelled.ids, *qwen3.encode("\n")]
     # An answer "think" is not found inside the <think> tags that Qwen3 writes before its last answer.
-    assert [qwen3.decode(b, skip_special=False) for _, b in turns] == [
-        "think<|im_end|>",
-        "<think>\n\n</think>\n\nYes.<|im_end|>",
-    ]
-    single = template(None).encode(qwen3, TURNS[:2])
-    assert qwen3.decode(single[0][1], skip_special=False) == "<think>\n\n</think>\n\nthink<|im_end|>"
+    answers = [qwen3.decode(b, skip_special=False) for _, b in template(None).turns(qwen3, [SYSTEM, *TURNS])]
+    assert answers == ["think<|im_end|>", "<think>\n\n</think>\n\nYes.<|im_end|>"]
+    ((_, answer),) = template(None).turns(qwen3, TURNS[:2])
+    assert qwen3.decode(answer, skip_special=False) == "<think>\n\n</think>\n\nthink<|im_end|>"
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
@@ -125,22 +376,30 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
 
 
 def test_stop_ids_hold_the_end_of_the_answer_and_of_the_text() -> None:
-    assert TEMPLATES["qwen"].stop_ids(Letters()) == {2, 4}
-    assert TEMPLATES["chatml"].stop_ids(Letters()) == {2, 3, 4}
-    assert TEMPLATES["llama2"].stop_ids(Letters()) == {2}
+    letters = Letters()
+    assert TEMPLATES["qwen"].stop_ids(letters) == set(map(letters.id_of, ("</s>", "<|im_end|>")))
+    assert TEMPLATES["chatml"].stop_ids(letters) == set(map(letters.id_of, ("</s>", "<|im_end|>", "<|im_start|>")))
+    assert TEMPLATES["glm4"].stop_ids(letters) == set(map(letters.id_of, ("</s>", "<|user|>", "<|observation|>")))
+    assert TEMPLATES["llama2"].stop_ids(letters) == {letters.eos}
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tiny_tokenizer(tmp_path))
     with pytest.raises(InputError, match=r"no template is called qwn.*did you mean qwen"):
         template("qwn")
-    with pytest.raises(InputError, match=r"brings no chat template; choose one of alpaca"):
+    with pytest.raises(InputError, match=r"brings no chat template; choose one of alpaca, baichuan2"):
         template(None).check(tokenizer)
     with pytest.raises(InputError, match=r"no chat template"):
         template(None).prompt(tokenizer, TURNS[:1])
+    with pytest.raises(InputError, match=r"template qwen marks no thoughts .* glm4_moe, gpt-oss, qwen3"):
+        template("qwen", thinking=False)
+    with pytest.raises(InputError, match=r"template chatglm2 writes \[gMASK\] as one token, which the tokenizer in"):
+        TEMPLATES["chatglm2"].check(tokenizer)
     object.__setattr__(tokenizer, "eos", None)
     with pytest.raises(InputError, match="names none"):
         TEMPLATES["alpaca"].check(tokenizer)
+    with pytest.raises(InputError, match="names none"):
+        TEMPLATES["gemma"].check(tokenizer)
     TEMPLATES["empty"].check(tokenizer)
     TEMPLATES["chatml"].check(tokenizer)
 
@@ -157,11 +416,17 @@ def test_a_tokenizer_without_the_answers_end_is_refused(tmp_path: Path) -> None:
     ("messages", "said"),
     [
         ([], "without a question"),
-        (TURNS[1:], "message 1 is from assistant"),
-        ([TURNS[0], TURNS[0]], "message 2 is from user"),
+        (TURNS[1:], "message 1 is from assistant, not from user"),
+        (WITH_CALL[2:], "message 1 is from observation, not from user"),
+        ([TURNS[0], TURNS[0]], "message 2 is from user, not from assistant or function"),
         (TURNS[:1], "not an answer"),
     ],
 )
 def test_messages_that_do_not_alternate_are_refused(messages: list[dict[str, str]], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         TEMPLATES["chatml"].encode(Letters(), messages)
+    if messages == TURNS[:1]:
+        messages = TURNS[:2]
+        said = "not a question"
+    with pytest.raises(ValueError, match=said):
+        TEMPLATES["chatml"].prompt(Letters(), messages)

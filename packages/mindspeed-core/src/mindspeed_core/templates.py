@@ -1,26 +1,32 @@
 """Chat templates: messages to ids, the same for training data, training, evaluation and chat.
 
-A template answers three questions: how a conversation is cut into what is given and what is learned (`encode`), what is
-fed to the model to get an answer (`prompt`), and which tokens end that answer (`stop_ids`). `TEMPLATES` come from
-`templates.yaml`; `template("tokenizer")` and `template(None)` are the chat template that the tokenizer itself brings.
+A template answers three questions: what the ids of a conversation are and which are learned (`encode`), what is fed to the
+model to get an answer (`prompt`), and which tokens end that answer (`stop_ids`). `TEMPLATES` come from `templates.yaml`;
+`template("tokenizer")` and `template(None)` are the chat template that the tokenizer itself brings.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mindspeed_core.chat_template import TokenizerTemplate
+from mindspeed_core.conversation import Labelled, Learn, Message, Tools, Turn, answered, asked, labelled, split
 from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import Tokenizer
 
-Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
-Turn = tuple[list[int], list[int]]  # ids that are given, ids that are learned
+if TYPE_CHECKING:
+    import jinja2
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,39 @@ class Special:
     name: str
 
 
-Slot = str | Special
+@dataclass(frozen=True)
+class Token:
+    """A slot that is one token, written out."""
+
+    text: str
+
+
+Slot = str | Special | Token
+PLACE = re.compile(r"\{\{(\w+)\}\}")  # of a value within a slot of text
+
+
+@dataclass(frozen=True)
+class Thought:
+    """How a model marks what it thinks before an answer, and how it writes that it did not think."""
+
+    start: str
+    end: str
+    empty: str
+    in_history: bool = False  # earlier answers, whose thoughts are left out, have the empty one
+
+    def within(self, text: str) -> bool:
+        return self.start in text or self.end in text
+
+    def removed(self, text: str) -> str:
+        return re.sub(f"{re.escape(self.start)}.*?{re.escape(self.end)}", "", text, flags=re.DOTALL).lstrip("\n")
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How tools and their calls are written, as Jinja templates."""
+
+    tools: str  # of system and tools: what follows the system text
+    calls: str | None = None  # of content and calls: an answer that calls tools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,227 +77,258 @@ class Template:
 
     name: str
     user: tuple[Slot, ...]
-    assistant: tuple[Slot, ...] = ("{{content}}", Special("eos"))
-    system: tuple[Slot, ...] = ("{{content}}",)
-    prefix: tuple[Slot, ...] = ()
-    separator: tuple[Slot, ...] = ()
+    assistant: tuple[Slot, ...]
+    function: tuple[Slot, ...]
+    observation: tuple[Slot, ...]
+    system: tuple[Slot, ...]
+    prefix: tuple[Slot, ...]
+    separator: tuple[Slot, ...]
+    tools: ToolFormat | None
     default_system: str | None = None
     stop_words: tuple[str, ...] = ()
+    efficient_eos: bool = False
     replace_eos: bool = False
     system_in_user: bool = False
+    thought: Thought | None = None
+    thinking: bool | None = None  # True: empty thoughts are learned, too; False: all thoughts are left out
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Refuse a tokenizer that has no token for the end of this template's answers."""
+        """Refuse a tokenizer that lacks a token of this template."""
+        instead = f"choose another template ({', '.join(sorted(TEMPLATES))})"
         if self.replace_eos and tokenizer.id_of(self.stop_words[0]) is None:
             raise InputError(
                 f"template {self.name} ends every answer with {self.stop_words[0]}, which the tokenizer in "
-                f"{tokenizer.folder} does not have; choose another template ({', '.join(sorted(TEMPLATES))})"
+                f"{tokenizer.folder} does not have; {instead}"
             )
-        if Special("eos") in self.assistant and self.eos(tokenizer) is None:
+        if (self.efficient_eos or Special("eos") in self.assistant) and self.eos(tokenizer) is None:
             raise InputError(
                 f"template {self.name} ends every answer with the tokenizer's EOS, and the tokenizer in "
                 f"{tokenizer.folder} names none; set eos_token in its tokenizer_config.json"
             )
+        for slot in (*self.prefix, *self.system, *self.user, *self.assistant, *self.function, *self.observation):
+            if isinstance(slot, Token) and tokenizer.id_of(slot.text) is None:
+                raise InputError(
+                    f"template {self.name} writes {slot.text} as one token, which the tokenizer in "
+                    f"{tokenizer.folder} does not have; {instead}"
+                )
 
     def eos(self, tokenizer: Tokenizer) -> int | None:
         """The token at the end of every answer."""
         return tokenizer.id_of(self.stop_words[0]) if self.replace_eos else tokenizer.eos
 
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], system: str | None = None) -> list[Turn]:
-        """Return the ids of each question and its answer; ValueError for messages that do not alternate."""
-        system, turns = conversation(messages, system)
-        if len(turns) % 2:
-            raise ValueError("the last message is not an answer")
-        return [
-            (self._question(tokenizer, turns[i], system, first=i == 0), self._answer(tokenizer, turns[i + 1]))
-            for i in range(0, len(turns), 2)
-        ]
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        system: str | None = None,
+        tools: Tools | None = None,
+        *,
+        learn: Learn = "answers",
+    ) -> Labelled:
+        """Return the ids and labels of a conversation; ValueError for one that this template cannot write.
 
-    def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message], system: str | None = None) -> list[int]:
-        """Return the ids after which the model writes the next answer; the last message is the question."""
-        system, turns = conversation(messages, system)
-        if len(turns) % 2 == 0:
-            raise ValueError("the last message is not a question")
-        ids = []
-        for i, content in enumerate(turns):
-            if i % 2 == 0:
-                ids += self._question(tokenizer, content, system, first=i == 0)
+        Where only the last answer is learned, the thoughts before earlier answers are left out, as they are in chat.
+        """
+        turns = self.turns(tokenizer, messages, system, tools, history=learn == "last")
+        return labelled(turns, learn=learn, end=self.eos(tokenizer) if self.efficient_eos else None)
+
+    def turns(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        system: str | None = None,
+        tools: Tools | None = None,
+        *,
+        history: bool = False,
+    ) -> list[Turn]:
+        """Return the ids of each question and its answer; `history`: all but the last are what was said before."""
+        system, messages = split(messages, system)
+        answered(messages)
+        turns = []
+        for i in range(0, len(messages), 2):
+            question = self._question(tokenizer, i, messages[i], system, tools)
+            if history and i < len(messages) - 2:
+                answer = self._past(tokenizer, messages[i + 1])
             else:
-                ids += self._answer(tokenizer, content)
-        return ids
+                question, answer = self._answer(tokenizer, question, messages[i + 1])
+            turns.append((question, answer))
+        return turns
+
+    def prompt(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        system: str | None = None,
+        tools: Tools | None = None,
+    ) -> list[int]:
+        """Return the ids after which the model writes the next answer; the last message is the question."""
+        system, messages = split(messages, system)
+        asked(messages)
+        ids = []
+        for i, message in enumerate(messages):
+            if i % 2:
+                ids += self._past(tokenizer, message)
+            else:
+                ids += self._question(tokenizer, i, message, system, tools)
+        return ids + self._unthought(tokenizer) if self.thinking is False else ids
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """The ids that end a generated answer."""
         ids = {self.eos(tokenizer), tokenizer.eos, *map(tokenizer.id_of, self.stop_words)}
         return frozenset(i for i in ids if i is not None)
 
-    def _question(self, tokenizer: Tokenizer, content: str, system: str | None, *, first: bool) -> list[int]:
-        if not first:
-            return self._ids(tokenizer, self.separator) + self._ids(tokenizer, self.user, content)
-        system = system or self.default_system
-        ids = self._ids(tokenizer, self.prefix)
-        if system and self.system_in_user:
-            written = "".join(slot.replace("{{content}}", system, 1) for slot in self.system if isinstance(slot, str))
-            return ids + self._ids(tokenizer, self.user, written + content)
-        if system:
-            ids += self._ids(tokenizer, self.system, system)
-        return ids + self._ids(tokenizer, self.user, content)
+    def _question(
+        self, tokenizer: Tokenizer, i: int, message: Message, system: str | None, tools: Tools | None
+    ) -> list[int]:
+        slots = self.user if message["role"] == "user" else self.observation
+        content, ids = message["content"], []
+        if i:
+            ids += self._ids(tokenizer, self.separator)
+        else:
+            ids += self._ids(tokenizer, self.prefix)
+            system = (system or self.default_system or "") + self._listed(system or self.default_system, tools)
+            if system and self.system_in_user:
+                content = "".join(_filled(self.system, content=system)) + content
+            elif system:
+                ids += self._ids(tokenizer, self.system, content=system)
+        return ids + self._ids(tokenizer, slots, content=content, idx=str(i // 2 + 1))
 
-    def _answer(self, tokenizer: Tokenizer, content: str) -> list[int]:
-        return self._ids(tokenizer, self.assistant, content)
+    def _answer(self, tokenizer: Tokenizer, question: list[int], message: Message) -> Turn:
+        """A question and the answer that is learned, with the empty thought that it lacks."""
+        if self.thought is None:
+            return question, self._written(tokenizer, message)
+        if self.thinking is False:
+            message = {**message, "content": self.thought.removed(message["content"])}
+        answer = self._written(tokenizer, message)
+        if self.thought.within(message["content"]):
+            return question, answer
+        if self.thinking:
+            return question, self._unthought(tokenizer) + answer
+        return question + self._unthought(tokenizer), answer
 
-    def _ids(self, tokenizer: Tokenizer, slots: Sequence[Slot], content: str = "") -> list[int]:
-        ids = []
-        for slot in slots:
+    def _past(self, tokenizer: Tokenizer, message: Message) -> list[int]:
+        """An answer given earlier, without its thought."""
+        if self.thought is None:
+            return self._written(tokenizer, message)
+        message = {**message, "content": self.thought.removed(message["content"])}
+        return (self._unthought(tokenizer) if self.thought.in_history else []) + self._written(tokenizer, message)
+
+    def _unthought(self, tokenizer: Tokenizer) -> list[int]:
+        return [] if self.thought is None else tokenizer.encode(self.thought.empty)
+
+    def _written(self, tokenizer: Tokenizer, message: Message) -> list[int]:
+        if message["role"] != "function":
+            return self._ids(tokenizer, self.assistant, content=message["content"])
+        if self.tools is None:
+            raise ValueError(f"template {self.name} writes no function calls")
+        calls = message["calls"]
+        if self.tools.calls is not None:
+            return self._ids(
+                tokenizer, self.function, calls=_rendered(self.tools.calls, content=message["content"], calls=calls)
+            )
+        if len(calls) != 1 or message["content"].strip():
+            raise ValueError(f"template {self.name} writes one function call in a message, and nothing else")
+        arguments = json.dumps(calls[0]["arguments"], ensure_ascii=False)
+        return self._ids(tokenizer, self.function, name=calls[0]["name"], arguments=arguments)
+
+    def _listed(self, system: str | None, tools: Tools | None) -> str:
+        if not tools:
+            return ""
+        if self.tools is None:
+            raise ValueError(f"template {self.name} writes no tools")
+        return _rendered(self.tools.tools, system=system, tools=tools)
+
+    def _ids(self, tokenizer: Tokenizer, slots: Sequence[Slot], **values: str) -> list[int]:
+        ids: list[int] = []
+        for slot in _filled(slots, **values):
             if isinstance(slot, str):
-                ids += tokenizer.encode(slot.replace("{{content}}", content, 1))
+                ids += tokenizer.encode(slot)
+                continue
+            if isinstance(slot, Token):
+                id = tokenizer.id_of(slot.text)
             else:
-                special = self.eos(tokenizer) if slot.name == "eos" else tokenizer.bos
-                ids += [] if special is None else [special]
+                id = self.eos(tokenizer) if slot.name == "eos" else tokenizer.bos
+            ids += [] if id is None else [id]
         return ids
 
 
-class TokenizerTemplate:
-    """The chat template that comes with the tokenizer, rendered by transformers.
-
-    A conversation is rendered and tokenised as a whole, so its ids are those of `apply_chat_template`; an answer is the
-    stretch from where its prompt ends to its text's end and the EOS after it.
-    """
-
-    name = "tokenizer"
-
-    def check(self, tokenizer: Tokenizer) -> None:
-        """Refuse a tokenizer without a chat template."""
-        if not tokenizer.hf.chat_template:
-            raise InputError(
-                f"{tokenizer.folder}: this tokenizer brings no chat template; choose one of {', '.join(sorted(TEMPLATES))}"
-            )
-
-    def eos(self, tokenizer: Tokenizer) -> int | None:
-        """The token at the end of every answer."""
-        return tokenizer.eos
-
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], system: str | None = None) -> list[Turn]:
-        """Return the ids of each question and its answer; ValueError where the template rewrites what came before."""
-        system, turns = conversation(messages, system)
-        if len(turns) % 2:
-            raise ValueError("the last message is not an answer")
-        messages = _messages(turns, system)
-        whole = self._render(tokenizer, messages)
-        spans = self._answers(tokenizer, messages, whole)
-        encoding = tokenizer.backend.encode(whole, add_special_tokens=False)
-        parts: list[Turn] = []
-        source: list[int] = []
-        target: list[int] = []
-        remaining = iter(spans)
-        start, end = next(remaining)
-        for id, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True):
-            if begin >= end and target:
-                parts.append((source, target))
-                source, target = [], []
-                start, end = next(remaining, (len(whole) + 1, len(whole) + 1))
-            (target if start <= begin < end else source).append(id)
-        if target:
-            parts.append((source, target))
-        # What stands after the last answer (a newline) is neither asked nor learned.
-        return parts
-
-    def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message], system: str | None = None) -> list[int]:
-        """Return the ids after which the model writes the next answer; the last message is the question."""
-        self.check(tokenizer)
-        system, turns = conversation(messages, system)
-        if len(turns) % 2 == 0:
-            raise ValueError("the last message is not a question")
-        return tokenizer.encode(self._render(tokenizer, _messages(turns, system), prompt=True))
-
-    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """The ids that end a generated answer."""
-        return frozenset() if tokenizer.eos is None else frozenset({tokenizer.eos})
-
-    def _answers(self, tokenizer: Tokenizer, messages: list[dict[str, str]], whole: str) -> list[tuple[int, int]]:
-        """Where in the whole text each answer stands."""
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(tokenizer, messages[:i], prompt=True)
-            if not whole.startswith(before):
-                raise ValueError("the tokenizer's chat template rewrites earlier turns; choose a template by name")
-            spans.append(
-                (len(before), _answer_end(whole, len(before), message["content"].strip(), tokenizer.eos_token))
-            )
-        return spans
-
-    def _render(self, tokenizer: Tokenizer, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-        try:
-            return tokenizer.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:
-            # Templates refuse what they do not know (a system message, say) by raising.
-            raise ValueError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+def _filled(slots: Sequence[Slot], **values: str) -> Iterator[Any]:
+    """Slots with values in their places; what a value contains is never taken for a place."""
+    for slot in slots:
+        yield PLACE.sub(lambda place: values[place[1]], slot) if isinstance(slot, str) else slot
 
 
-def _answer_end(whole: str, start: int, content: str, eos: str | None) -> int:
-    """Where an answer that is written somewhere after `start` ends, with its EOS. Templates trim it, and put blanks
-    before the EOS or a block for thoughts before the answer."""
-    first = at = whole.find(content, start)
-    if at < 0:
-        raise ValueError("the tokenizer's chat template changes the answers; choose a template by name")
-    while eos and at >= 0:
-        end = at + len(content)
-        rest = whole[end:]
-        if rest.lstrip().startswith(eos):
-            return end + len(rest) - len(rest.lstrip()) + len(eos)
-        at = whole.find(content, at + 1)
-    return first + len(content)
+def _rendered(text: str, **values: Any) -> str:
+    """A Jinja template with its values; ValueError where a tool lacks what it writes."""
+    from jinja2 import TemplateError
+
+    try:
+        return _jinja(text).render(values)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"tools that cannot be written: {error}") from error
 
 
-def conversation(messages: Sequence[Message], system: str | None = None) -> tuple[str | None, list[str]]:
-    """Return the system text and the contents of the other messages, which must alternate user, assistant, ..."""
-    messages = list(messages)
-    if messages and messages[0]["role"] == "system":
-        system = system or messages[0]["content"]
-        messages = messages[1:]
-    if not messages:
-        raise ValueError("a conversation without a question")
-    for i, message in enumerate(messages):
-        expected = "assistant" if i % 2 else "user"
-        if message["role"] != expected:
-            raise ValueError(f"message {i + 1} is from {message['role']}, not from {expected}")
-    return system, [message["content"] for message in messages]
+@cache
+def _jinja(text: str) -> jinja2.Template:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # text, not HTML
+    environment.filters["json"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    return environment.from_string(text)
 
 
-def _messages(turns: Sequence[str], system: str | None) -> list[dict[str, str]]:
-    head = [{"role": "system", "content": system}] if system else []
-    return head + [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(turns)]
-
-
-def template(name: str | None) -> Template | TokenizerTemplate:
+def template(name: str | None, *, thinking: bool | None = None) -> Template | TokenizerTemplate:
     """Return a template by name; None and "tokenizer" stand for the tokenizer's own."""
-    if name is None or name == TokenizerTemplate.name:
-        return TokenizerTemplate()
-    if name not in TEMPLATES:
+    if name is not None and name != TokenizerTemplate.name and name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"no template is called {name}: {', '.join(sorted(TEMPLATES))}, tokenizer{hint}")
-    return TEMPLATES[name]
+    chosen = TEMPLATES.get(name or "")
+    if thinking is None:
+        return chosen or TokenizerTemplate(tuple(sorted(TEMPLATES)))
+    if chosen is None or chosen.thought is None:
+        having = ", ".join(sorted(name for name, each in TEMPLATES.items() if each.thought is not None))
+        raise InputError(
+            f"thinking: template {name or 'tokenizer'} marks no thoughts of its own; those that do: {having}"
+        )
+    return dataclasses.replace(chosen, thinking=thinking)
 
 
-def _slot(value: Any) -> Slot:
-    return value if isinstance(value, str) else Special(value["special"])
+def _slots(value: Sequence[Any]) -> tuple[Slot, ...]:
+    kinds = {"special": Special, "token": Token}
+    return tuple(
+        slot if isinstance(slot, str) else next(kinds[kind](text) for kind, text in slot.items()) for slot in value
+    )
 
 
-def _template(name: str, entry: Mapping[str, Any]) -> Template:
-    slots = ("user", "assistant", "system", "prefix", "separator")
-    fields: dict[str, Any] = {}
-    for key, value in entry.items():
-        fields[key] = tuple(map(_slot, value)) if key in slots else value
+def _template(name: str, entry: Mapping[str, Any], formats: Mapping[str, ToolFormat]) -> Template:
+    """An entry of the file with the defaults of what it leaves out."""
+    end = [] if entry.get("efficient_eos") else [{"special": "eos"}]
+    user = entry.get("user", ["{{content}}"])
+    slots = {
+        "user": user,
+        "assistant": ["{{content}}", *end],
+        "function": ["Action: {{name}}\nAction Input: {{arguments}}", *end],
+        "observation": user,
+        "system": ["{{content}}"],
+        "prefix": [],
+        "separator": [],
+    }
+    fields: dict[str, Any] = {key: _slots(entry.get(key, default)) for key, default in slots.items()}
+    fields |= {key: value for key, value in entry.items() if key not in slots}
+    tools = entry.get("tools", "default")
+    fields["tools"] = None if tools is None else formats[tools]
     fields["stop_words"] = tuple(entry.get("stop_words", ()))
+    fields["thought"] = Thought(**entry["thought"]) if "thought" in entry else None
     return Template(name=name, **fields)
 
 
-TEMPLATES: Mapping[str, Template] = MappingProxyType(
-    {
-        name: _template(name, entry)
-        for name, entry in yaml.safe_load(files("mindspeed_core").joinpath("templates.yaml").read_text("utf-8")).items()
-    }
-)
+def _templates() -> dict[str, Template]:
+    data = yaml.safe_load(files("mindspeed_core").joinpath("templates.yaml").read_text("utf-8"))
+    formats = {name: ToolFormat(**entry) for name, entry in data["tool_formats"].items()}
+    return {name: _template(name, entry, formats) for name, entry in data["templates"].items()}
+
+
+TEMPLATES: Mapping[str, Template] = MappingProxyType(_templates())
+
+__all__ = ["TEMPLATES", "Message", "Template", "TokenizerTemplate", "template"]

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError
 from mindspeed_data.indexed import IndexedDataset, path_of
 from mindspeed_data.sidecar import INSTRUCTION, instruction_prefix
-from mindspeed_data.tokenize import IGNORED
 
 
 class InstructionSamples:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from mindspeed_core.cli import console, progress
+from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError, writing
 from mindspeed_data import readers
 from mindspeed_data.indexed import IndexedWriter, path_of, publish
 from mindspeed_data.pool import Pool
 from mindspeed_data.readers import Chunk, Fault, Row, Rows, Source
 from mindspeed_data.sidecar import PACKED, Sidecar
-from mindspeed_data.tokenize import IGNORED, Encoded, EncoderError, InstructionJob, TextJob, encoders_agree
+from mindspeed_data.tokenize import Encoded, EncoderError, InstructionJob, TextJob, encoders_agree
 
 NAMED = 10  # rows left out that are named one by one
 PROBED = 64  # texts of the run on which the fast encoder must prove itself

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import TextStream, Tokenizer
 from mindspeed_data import sidecar
 from mindspeed_data.indexed import IndexedDataset
-from mindspeed_data.tokenize import IGNORED
 
 
 def show(prefix: Path, *, tokenizer: Path | None, start: int, count: int, length: int) -> None:

@@ -16,7 +16,6 @@ from mindspeed_data.formats import Format
 from mindspeed_data.readers import Chunk, Fault, Rows, Source
 from mindspeed_data.sidecar import INSTRUCTION, TEXT
 
-IGNORED = -100  # the label of what is not learned
 CHECKED = 20_000  # characters of a text that both encoders are compared on
 
 Encoder = Callable[[str], Any]  # text -> ids, as a list or an array
@@ -123,7 +122,7 @@ class InstructionJob(Job):
         lengths = []
         for piece, line, sample in self._samples(rows, faults):
             try:
-                turns = self.template.encode(tokenizer, sample.messages, sample.system)
+                labelled = self.template.encode(tokenizer, sample.messages, sample.system)
             except (TypeError, UnicodeError):
                 faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
                 continue
@@ -132,15 +131,12 @@ class InstructionJob(Job):
                 continue
             if not lengths:
                 self._proven(tokenizer, sample.messages[-1]["content"])
-            length = sum(len(source) + len(target) for source, target in turns)
+            length = len(labelled.ids)
             if self.seq_length is not None and length > self.seq_length:
                 faults.append(Fault(piece, line, f"longer than {self.seq_length} tokens: {length}"))
                 continue
-            for source, target in turns:
-                ids += source
-                ids += target
-                labels += [IGNORED] * len(source)
-                labels += target
+            ids += labelled.ids
+            labels += labelled.labels
             lengths.append(length)
         arrays = {
             "input_ids": np.array(ids, self.dtype),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError
 from mindspeed_data import sidecar
 from mindspeed_data.indexed import IndexedDataset, path_of
 from mindspeed_data.sidecar import Sidecar
-from mindspeed_data.tokenize import IGNORED
 
 BLOCK = 1 << 22  # ids that are looked at together
 
