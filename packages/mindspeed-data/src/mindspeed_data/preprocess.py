@@ -96,7 +96,7 @@ def _check_keys(job: Jobs, chunk: Chunk, row: Row) -> None:
         return
     piece = chunk.pieces[row.piece]
     source = job.sources[piece.source]
-    where = f"{source.path}:{row.line}" if row.line and piece.start == 0 else source.path
+    where = f"{source.path}:{piece.line + row.line}" if row.line and piece.line is not None else source.path
     if isinstance(job, InstructionJob) and source.kind in ("text", "lines"):
         raise InputError(f"{source.path}: a text holds no questions and answers; use mindspeed-data pretrain")
     has = ", ".join(map(str, list(row.record)[:12])) or "no key"
@@ -156,7 +156,7 @@ def _write(job: Jobs, output: Path, workers: int) -> Outcome:
 def _noted(chunks: Iterator[Chunk], sent: list[Chunk]) -> Iterator[Chunk]:
     """Pass chunks on, and keep what their results are told with: not the rows."""
     for chunk in chunks:
-        pieces = tuple(dataclasses.replace(piece, records=()) for piece in chunk.pieces)
+        pieces = tuple(dataclasses.replace(piece, data=None) for piece in chunk.pieces)
         sent.append(dataclasses.replace(chunk, pieces=pieces))
         yield chunk
 
@@ -171,8 +171,8 @@ class _Places:
     def tell(self, chunk: Chunk, encoded: Encoded, outcome: Outcome) -> None:
         starts = []
         for piece, lines in zip(chunk.pieces, encoded.lines, strict=True):
-            starts.append(self.before[piece.source])
-            self.before[piece.source] += lines
+            starts.append(self.before[piece.source] if piece.line is None else piece.line)
+            self.before[piece.source] = starts[-1] + lines
         for fault in encoded.faults:
             source = self.sources[chunk.pieces[fault.piece].source]
             outcome.left_out[fault.reason.split(":")[0]] += 1

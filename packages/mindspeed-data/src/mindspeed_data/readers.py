@@ -1,10 +1,14 @@
-"""Files of rows as chunks: pieces of known size that a worker can read on its own, in any order, in bounded memory.
+"""Files of rows as chunks: pieces of known size that are read in any order, by any worker, in bounded memory.
 
     txt       one document per file, or one per line
     jsonl     an object per line (json files that hold lines instead of an array are read this way too)
-    json      an array of objects, read as a stream
+    json      an array of objects
     csv       a header, then a row per record
     parquet   a row per record
+    arrow     a row per record, in either of Arrow's file formats
+
+A worker gets the place of a piece and reads it by itself; of what cannot be read from the middle (compressed files, parquet,
+arrow) it gets the bytes. Where a piece ends depends on the file alone, so pieces are the same in every run.
 
 A row that cannot be read becomes a `Fault` with its place; it never becomes another row.
 """
@@ -12,39 +16,38 @@ A row that cannot be read becomes a `Fault` with its place; it never becomes ano
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, BinaryIO
+
+import orjson
 
 from mindspeed_core.errors import InputError
+from mindspeed_data.json_array import BOM, ArrayError, elements, reason_of
+from mindspeed_data.sources import Source, opened
+from mindspeed_data.sources import find as find
 
-CHUNK = 4 << 20  # bytes of input per chunk
-SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-BLOCK = 1 << 20  # characters of a stream that are read at once
-LINE_LIMIT = 1 << 30  # a longer line is no row but another kind of file
+CHUNK = 4 << 20  # bytes of uncompressed input per chunk
+ROW_LIMIT = 64 << 20  # bytes; what is longer is no row but another kind of file
+BLOCK = 1 << 20  # bytes that are read at once
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file of the input and how it is read."""
-
-    path: Path
-    kind: str  # "text" (a document), "lines" (a document per line), "jsonl", "json", "csv", "parquet"
-    size: int
-
-
-@dataclass(frozen=True)
 class Piece:
-    """A stretch of one source: a range of bytes to be read by whoever gets the piece, or records read already."""
+    """A stretch of one source: bytes of the uncompressed file, or rows of a table."""
 
     source: int  # index into the sources
-    start: int = 0
-    stop: int = 0
-    records: Sequence[tuple[int, Record | str]] = ()  # line or row, and its record or why there is none
+    start: int
+    stop: int
+    line: int | None = None  # lines or rows before it; None: it follows the piece before
+    data: bytes | None = None  # what stands there, where a worker cannot read it by itself
+    columns: tuple[str, ...] = ()  # of a csv
+    fault: str | None = None  # why the one row that it is cannot be used
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,12 @@ class Chunk:
     """Pieces that one worker turns into ids at a time."""
 
     pieces: tuple[Piece, ...]
-    bytes: int  # of the input, for the progress bar
+    bytes: int  # of the input as it lies on the disk, for the progress bar
 
 
 @dataclass(frozen=True)
 class Row:
-    """One record and its place; `line` counts from 1 within the piece for byte ranges, within the file otherwise."""
+    """One record and its place; `line` counts from 1 within the piece, and is 0 for a document that is a file."""
 
     piece: int
     line: int
@@ -75,7 +78,7 @@ class Fault:
 
 @dataclass
 class Rows:
-    """The rows of a chunk, its faults, and the lines in each of its byte ranges (to place rows within the file)."""
+    """The rows of a chunk, its faults, and the lines in each of its pieces (to place rows within the file)."""
 
     chunk: Chunk
     sources: Sequence[Source]
@@ -84,291 +87,432 @@ class Rows:
     def __iter__(self) -> Iterator[Row | Fault]:
         for i, piece in enumerate(self.chunk.pieces):
             source = self.sources[piece.source]
-            if piece.records:
-                self.lines.append(0)
-                for line, record in piece.records:
-                    yield Row(i, line, record) if isinstance(record, dict) else Fault(i, line, record)
-            elif source.kind == "text":
-                self.lines.append(0)
-                yield _document(i, source, piece)
-            else:
-                yield from self._lines(i, source, piece)
-
-    def _lines(self, i: int, source: Source, piece: Piece) -> Iterator[Row | Fault]:
-        with open(source.path, "rb") as file:
-            file.seek(piece.start)
-            data = file.read(piece.stop - piece.start)
-        lines = data.split(b"\n")
-        if lines and not lines[-1]:
-            lines.pop()
-        self.lines.append(len(lines))
-        if piece.start == 0 and lines:
-            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-        for number, line in enumerate(lines, 1):
-            line = line.removesuffix(b"\r")
-            if not line.strip():
+            if piece.fault is not None:
+                self.lines.append(1)
+                yield Fault(i, int(source.kind != "text"), piece.fault)
                 continue
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                yield Fault(i, number, _not_utf8(line, error))
-                continue
-            if source.kind == "lines":
-                yield Row(i, number, {"text": text})
-                continue
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield Fault(i, number, f"not valid JSON: {_json_reason(error)}")
-                continue
-            yield Row(i, number, record) if isinstance(record, dict) else Fault(i, number, "not a JSON object")
+            data = _bytes(source, piece)
+            self.lines.append(piece.stop - piece.start if source.kind in TABLES else data.count(b"\n"))
+            for line, record in DECODERS[source.kind](data, piece):
+                yield Row(i, line, record) if isinstance(record, dict) else Fault(i, line, record)
 
 
-def find(inputs: Sequence[str | Path], *, per_line: bool = False) -> list[Source]:
-    """Return the sources of files and folders, in the order given; a folder's files sorted by path."""
-    sources: list[Source] = []
-    problems = []
-    for given in map(Path, inputs):
-        if given.is_dir():
-            found = sorted(
-                path
-                for path in given.rglob("*")
-                if path.suffix.lower() in SUFFIXES
-                and path.is_file()
-                and not any(part.startswith(".") for part in path.relative_to(given).parts)
-            )
-            if not found:
-                problems.append(f"{given}: this folder holds no {', '.join(s[1:] for s in SUFFIXES)} file")
-        elif given.is_file():
-            found = [given]
-            if given.suffix.lower() not in SUFFIXES:
-                kinds = ", ".join(s[1:] for s in SUFFIXES)
-                problems.append(f"{given}: the name does not tell a format that is read; known are {kinds}")
-        else:
-            found = []
-            problems.append(f"{given}: no such file or folder")
-        sources += [Source(path, _kind(path, per_line=per_line), path.stat().st_size) for path in found]
-    if problems:
-        raise InputError("\n".join(problems))
-    if all(source.size == 0 for source in sources):
-        raise InputError("\n".join(f"{source.path}: this file is empty" for source in sources[:10]))
-    return sources
+def chunks(
+    sources: Sequence[Source],
+    *,
+    columns: Collection[str] | None = None,
+    after: tuple[int, int] = (0, 0),
+    shard: tuple[int, int] = (1, 1),
+) -> Iterator[Chunk]:
+    """Cut all sources into chunks of about the same number of bytes. `columns` limits what is read of tables.
 
-
-def chunks(sources: Sequence[Source], *, columns: Collection[str] | None = None) -> Iterator[Chunk]:
-    """Cut all sources into chunks of about the same number of bytes. `columns` limits what is read of parquet."""
+    `after` names the source and the place in it where the chunk before the first one ended. Of n shards, number i gets the
+    i-th part of the bytes; all of them together have every row once, in order.
+    """
     pieces: list[Piece] = []
-    held = 0
-    for piece, size in _pieces(sources, columns):
+    held = consumed = 0
+    for piece, size, read in _pieces(sources, columns, after, shard):
         if pieces and held + size > CHUNK:
-            yield Chunk(tuple(pieces), held)
-            pieces, held = [], 0
+            yield Chunk(tuple(pieces), consumed)
+            pieces, held, consumed = [], 0, 0
         pieces.append(piece)
         held += size
+        consumed += read
     if pieces:
-        yield Chunk(tuple(pieces), held)
+        yield Chunk(tuple(pieces), consumed)
 
 
-def _kind(path: Path, *, per_line: bool) -> str:
-    suffix = path.suffix.lower()
-    if suffix == ".txt":
-        return "lines" if per_line else "text"
-    if suffix == ".json":
-        with open(path, "rb") as file:
-            head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        return "json" if head.startswith(b"[") else "jsonl"
-    return suffix[1:]
-
-
-def _pieces(sources: Sequence[Source], columns: Collection[str] | None) -> Iterator[tuple[Piece, int]]:
-    readers = {"json": _json, "csv": _csv}
-    for index, source in enumerate(sources):
-        if source.size == 0:
-            continue
-        if source.kind == "text":
-            yield Piece(index, 0, source.size), source.size
-        elif source.kind in ("lines", "jsonl"):
-            for start, stop in _ranges(source):
-                yield Piece(index, start, stop), stop - start
-        else:
-            records = _parquet(source, columns) if source.kind == "parquet" else readers[source.kind](source)
-            yield from _gathered(index, source, records)
-
-
-def _ranges(source: Source) -> Iterator[tuple[int, int]]:
-    """Byte ranges of about CHUNK that end with a line."""
+def _bytes(source: Source, piece: Piece) -> bytes:
+    if piece.data is not None:
+        return piece.data
     with open(source.path, "rb") as file:
-        start = 0
-        while start < source.size:
-            stop = min(start + CHUNK, source.size)
-            if stop < source.size:
-                file.seek(stop - 1)  # a range that ends with a newline already is kept
-                stop = _line_end(source, file)
-            yield start, stop
-            start = stop
+        file.seek(piece.start)
+        return file.read(piece.stop - piece.start)
 
 
-def _line_end(source: Source, file: BinaryIO) -> int:
-    limit = file.tell() + LINE_LIMIT
-    while block := file.readline(1 << 20):
-        if block.endswith(b"\n"):
-            break
-        if file.tell() > limit:
-            raise InputError(f"{source.path}: a line of more than {LINE_LIMIT >> 30} GiB; one row per line is expected")
-    return file.tell()
+# ------------------------------------------------------------------------------------------- from the bytes of a piece
 
 
-def _gathered(
-    index: int, source: Source, records: Iterator[tuple[int, Record | str, int]]
-) -> Iterator[tuple[Piece, int]]:
-    """Records that were read here, gathered to pieces of about CHUNK; sizes sum up to the file's."""
-    held: list[tuple[int, Record | str]] = []
-    counted = 0
-    for line, record, read in records:  # read: bytes of the file that are consumed
-        held.append((line, record))
-        if read - counted >= CHUNK or len(held) >= 20000:
-            yield Piece(index, records=tuple(held)), read - counted
-            held, counted = [], read
-    if held:
-        yield Piece(index, records=tuple(held)), source.size - counted
-
-
-def _document(i: int, source: Source, piece: Piece) -> Row | Fault:
-    data = source.path.read_bytes()
+def _document(data: bytes, _: Piece) -> Iterator[tuple[int, Record | str]]:
     try:
-        return Row(i, 0, {"text": data.decode("utf-8-sig")})
+        yield 0, {"text": data.decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        return Fault(i, data.count(b"\n", 0, error.start) + 1, _not_utf8(data, error))
+        yield data.count(b"\n", 0, error.start) + 1, _not_utf8(data, error)
+
+
+def _text_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
+    for number, line in _lines(data, piece):
+        try:
+            yield number, {"text": line.decode()}
+        except UnicodeDecodeError as error:
+            yield number, _not_utf8(line, error)
+
+
+def _json_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
+    for number, line in _lines(data, piece):
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            record = _patiently(line)
+        yield number, record if isinstance(record, dict | str) else "not a JSON object"
+
+
+def _patiently(line: bytes) -> Any:
+    """What json makes of a line that orjson refuses (NaN, half surrogates), else the reason, as text."""
+    try:
+        record = json.loads(line.decode())
+        return record if isinstance(record, dict) else "not a JSON object"
+    except UnicodeDecodeError as error:
+        return _not_utf8(line, error)
+    except (ValueError, RecursionError) as error:
+        return f"not valid JSON: {reason_of(error)}"
+
+
+def _lines(data: bytes, piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """The lines that hold something, with their numbers."""
+    if piece.start == 0:
+        data = data.removeprefix(BOM)
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line and not line.isspace():
+            yield number, line.removesuffix(b"\r")
+
+
+def _array(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
+    for element in elements(io.BytesIO(data), inside=piece.start > 0, whole=False, limit=ROW_LIMIT):
+        record = element.value if isinstance(element.value, dict) else "not a JSON object"
+        yield element.line, element.fault or record
+
+
+def _csv(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
+    lines = _CountedLines(io.BytesIO(data), bom=False)
+    reader = _csv_reader(lines)
+    while True:
+        line = reader.line_num + 1
+        lines.fault = None
+        values = next(reader, None)
+        if values is None:
+            return
+        if lines.fault is not None:
+            yield line, lines.fault
+        elif len(values) == len(piece.columns):
+            yield line, dict(zip(piece.columns, values, strict=True))
+        elif values:
+            yield line, f"{len(values)} fields under {len(piece.columns)} columns"
+
+
+def _table(data: bytes, _: Piece) -> Iterator[tuple[int, Record | str]]:
+    import pyarrow
+
+    with pyarrow.ipc.open_stream(data) as reader:
+        batch = reader.read_next_batch()
+    try:
+        yield from enumerate(batch.to_pylist(), 1)
+    except ValueError:  # somewhere is a text that is not UTF-8, or a time that Python does not have
+        for i in range(batch.num_rows):
+            try:
+                yield i + 1, batch.slice(i, 1).to_pylist()[0]
+            except ValueError as error:
+                bad = isinstance(error, UnicodeDecodeError)
+                yield i + 1, _not_utf8(error.object, error) if bad else f"not a value of JSON: {error}"
+
+
+TABLES = ("parquet", "arrow")
+DECODERS: dict[str, Callable[[bytes, Piece], Iterator[tuple[int, Record | str]]]] = {
+    "text": _document,
+    "lines": _text_lines,
+    "jsonl": _json_lines,
+    "json": _array,
+    "csv": _csv,
+    "parquet": _table,
+    "arrow": _table,
+}
 
 
 def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte 0x{data[error.start]:02x})"
 
 
-def _json_reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg[:1].lower()}{error.msg[1:]}, column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+class _CountedLines:
+    """The lines of a csv for its reader: how many bytes they had, and what is wrong with them."""
 
+    def __init__(self, stream: BinaryIO, *, bom: bool) -> None:
+        self._stream, self._bom = stream, bom
+        self.offset = 0
+        self.fault: str | None = None
 
-# ------------------------------------------------------- formats whose rows cannot be found without reading the file
+    def __iter__(self) -> _CountedLines:
+        return self
 
-
-def _json(source: Source) -> Iterator[tuple[int, Record | str, int]]:
-    """The objects of an array, read as a stream; memory holds one block and one object."""
-    decode = json.JSONDecoder().raw_decode
-    with _text(source) as file:
-        buffer, at, line = "", 0, 1
-        ended = False
-        state = "open"  # then "first", "comma" and "value" in turn
-        while True:
-            skipped = at
-            while at < len(buffer) and buffer[at] in " \t\r\n":
-                at += 1
-            line += buffer.count("\n", skipped, at)
-            if at == len(buffer):
-                buffer, at = _read(source, file), 0
-                if not buffer:
-                    raise InputError(f"{source.path}:{line}: the array is cut off: its closing ] is missing")
-                continue
-            character = buffer[at]
-            if state == "open":  # `_kind` has seen the [
-                at, state = at + 1, "first"
-            elif character == "]" and state in ("first", "comma"):
-                break
-            elif state == "comma":
-                if character != ",":
-                    raise InputError(f"{source.path}:{line}: not valid JSON: a comma is missing between two rows")
-                at, state = at + 1, "value"
-            else:
-                try:
-                    record, end = decode(buffer, at)
-                except (ValueError, RecursionError) as error:
-                    if not ended and _unfinished(error, buffer) and len(buffer) - at < LINE_LIMIT:
-                        more = _read(source, file, max(len(buffer) - at, BLOCK))  # doubles what is held
-                        ended = not more
-                        buffer, at = buffer[at:] + more, 0
-                        continue
-                    if isinstance(error, json.JSONDecodeError):
-                        line += buffer.count("\n", at, error.pos)
-                    raise InputError(f"{source.path}:{line}: not valid JSON: {_json_reason(error)}") from error
-                yield line, record if isinstance(record, dict) else "not a JSON object", file.buffer.tell()
-                line += buffer.count("\n", at, end)
-                at, state = end, "comma"
-        if buffer[at + 1 :].strip() or _read(source, file).strip():
-            raise InputError(f"{source.path}:{line}: something follows the end of the array")
-
-
-def _unfinished(error: Exception, buffer: str) -> bool:
-    """True when more of the file may complete a value that could not be read."""
-    if not isinstance(error, json.JSONDecodeError):
-        return False
-    return error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 16
-
-
-def _csv(source: Source) -> Iterator[tuple[int, Record | str, int]]:
-    csv.field_size_limit(LINE_LIMIT)
-    with _text(source) as file:
-        reader = csv.reader(_text_lines(source, file), strict=True)
+    def __next__(self) -> str:
+        line = self._stream.readline(ROW_LIMIT)
+        if not line:
+            raise StopIteration
+        self.offset += len(line)
+        if self._bom and self.offset == len(line):
+            line = line.removeprefix(BOM)
         try:
-            header = next(reader, [])
-            if len(set(header)) != len(header) or not any(header):
-                raise InputError(f"{source.path}:1: the first line must name the columns, each once")
-            while True:
-                line = reader.line_num + 1
-                values = next(reader, None)
-                if values is None:
-                    break
-                if len(values) == len(header):
-                    yield line, dict(zip(header, values, strict=True)), file.buffer.tell()
-                elif values:
-                    yield line, f"{len(values)} fields under {len(header)} columns", file.buffer.tell()
-        except csv.Error as error:
-            raise InputError(f"{source.path}:{reader.line_num}: not valid CSV: {error}") from error
+            return line.decode()
+        except UnicodeDecodeError as error:
+            self.fault = _not_utf8(line, error)
+            return line.decode(errors="replace")
 
 
-def _parquet(source: Source, columns: Collection[str] | None) -> Iterator[tuple[int, Record | str, int]]:
+def _csv_reader(lines: _CountedLines) -> Any:
+    csv.field_size_limit(ROW_LIMIT)
+    return csv.reader(lines, strict=True)
+
+
+# ---------------------------------------------------------------------------------------- where the pieces of a file end
+
+
+def _pieces(
+    sources: Sequence[Source], columns: Collection[str] | None, after: tuple[int, int], shard: tuple[int, int]
+) -> Iterator[tuple[Piece, int, int]]:
+    """Every piece with its bytes, uncompressed and on the disk."""
+    total, (number, shards) = sum(source.size for source in sources), shard
+    low, high = (total * (number - 1) // shards, total * number // shards)
+    ends = list(accumulate(source.size for source in sources))  # among the bytes of all
+    for index, (source, end) in enumerate(zip(sources, ends, strict=True)):
+        begin = end - source.size
+        if index < after[0] or source.size == 0 or end <= low or begin >= high:
+            continue
+        done = after[1] if index == after[0] else 0
+        follows = False
+        for piece, size, read, at in _cut(index, source, columns):
+            if piece.stop <= done or not low <= begin + at < high:
+                follows = False
+                continue
+            if piece.line is None and not follows:
+                piece = _placed(source, piece)
+            follows = True
+            yield piece, size, read
+
+
+def _cut(index: int, source: Source, columns: Collection[str] | None) -> Iterator[tuple[Piece, int, int, int]]:
+    """The pieces of one source; with each its bytes uncompressed, its bytes on the disk, and where those begin.
+
+    Of a compressed file all begin at 0: how far reading is ahead of them differs from version to version."""
+    if source.kind in TABLES:
+        for piece, size, rows in _tables(index, source, columns):
+            at, end = (source.size * row // max(rows, 1) for row in (piece.start, piece.stop))
+            yield piece, size, end - at, at
+    elif source.compression is None and source.kind in ("text", "lines", "jsonl"):
+        cuts = _whole if source.kind == "text" else _ranges
+        for piece in cuts(index, source):
+            size = piece.stop - piece.start
+            yield piece, size if piece.fault is None else 0, size, piece.start
+    else:
+        with opened(source) as (stream, file):
+            told = 0
+            for piece in CUTTERS[source.kind](index, source, stream):
+                read = min(file.tell(), source.size) if source.compression is not None else piece.stop
+                at = 0 if source.compression is not None else piece.start
+                yield piece, piece.stop - piece.start, read - told, at
+                told = read
+
+
+def _placed(source: Source, piece: Piece) -> Piece:
+    """The piece with the lines before it counted."""
+    lines, left = 0, piece.start
+    with open(source.path, "rb") as file:
+        while left and (block := file.read(min(left, BLOCK))):
+            lines += block.count(b"\n")
+            left -= len(block)
+    return replace(piece, line=lines)
+
+
+def _whole(index: int, source: Source) -> Iterator[Piece]:
+    yield Piece(index, 0, source.size, 0, fault=_too_long(source.size, "; as documents of a line each: --per-line"))
+
+
+def _ranges(index: int, source: Source) -> Iterator[Piece]:
+    """Ranges of about CHUNK bytes that end with a line."""
+    with open(source.path, "rb") as file:
+        start = 0
+        while start < source.size:
+            stop = min(start + CHUNK, source.size)
+            if stop < source.size:
+                file.seek(stop - 1)  # a range that ends with a newline already is kept
+                while (block := file.readline(BLOCK)) and not block.endswith(b"\n"):
+                    pass
+                stop = file.tell()
+            fault = None
+            if stop - start > ROW_LIMIT:  # the line that goes on past CHUNK is a piece of its own
+                file.seek(start)
+                begin = file.read(CHUNK).rfind(b"\n") + 1
+                if begin:
+                    stop = start + begin
+                else:
+                    fault = _too_long(stop - start)
+            yield Piece(index, start, stop, fault=fault)
+            start = stop
+
+
+def _too_long(size: int, hint: str = "") -> str | None:
+    return f"longer than {ROW_LIMIT >> 20} MiB{hint}" if size > ROW_LIMIT else None
+
+
+def _document_stream(index: int, _: Source, stream: BinaryIO) -> Iterator[Piece]:
+    data = stream.read(ROW_LIMIT + 1)
+    fault = _too_long(len(data), "; as documents of a line each: --per-line")
+    if data:
+        yield Piece(index, 0, len(data), 0, None if fault else data, fault=fault)
+
+
+def _line_stream(index: int, _: Source, stream: BinaryIO) -> Iterator[Piece]:
+    start = line = 0
+    while data := stream.read(CHUNK):
+        if not data.endswith(b"\n"):
+            data += stream.readline(ROW_LIMIT)
+        size, fault = len(data), None
+        if size > ROW_LIMIT:
+            begin = data.rfind(b"\n", 0, CHUNK) + 1
+            if begin:
+                yield Piece(index, start, start + begin, line, data[:begin])
+                start, line = start + begin, line + data.count(b"\n", 0, begin)
+            size -= begin
+            while not data.endswith(b"\n") and (data := stream.readline(BLOCK)):
+                size += len(data)
+            data, fault = b"\n", _too_long(size)
+        yield Piece(index, start, start + size, line, None if fault else data, fault=fault)
+        start, line = start + size, line + data.count(b"\n")
+
+
+def _array_stream(index: int, source: Source, stream: BinaryIO) -> Iterator[Piece]:
+    kept = _Kept(stream, keep=source.compression is not None)
+    start = stop = lines = line = 0
+    try:
+        for element in elements(kept, limit=ROW_LIMIT):  # pyrefly: ignore  # all that it asks for is `read`
+            stop, lines = element.stop, element.lines
+            if stop - start >= CHUNK:
+                yield Piece(index, start, stop, line, kept.take(stop - start))
+                start, line = stop, lines
+    except ArrayError as error:
+        raise InputError(f"{source.path}:{error.line}: {error.reason}") from error
+    if stop > start:
+        yield Piece(index, start, stop, line, kept.take(stop - start))
+
+
+def _csv_stream(index: int, source: Source, stream: BinaryIO) -> Iterator[Piece]:
+    kept = _Kept(stream, keep=source.compression is not None)
+    lines = _CountedLines(kept, bom=True)  # pyrefly: ignore  # all that it asks for is `readline`
+    reader = _csv_reader(lines)
+    try:
+        columns = tuple(next(reader, []))
+        if len(set(columns)) != len(columns) or not any(columns):
+            raise InputError(f"{source.path}:1: the first line must name the columns, each once")
+        start, line = lines.offset, reader.line_num
+        kept.take(start)
+        for _ in reader:
+            if lines.offset - start >= CHUNK:
+                yield Piece(index, start, lines.offset, line, kept.take(lines.offset - start), columns)
+                start, line = lines.offset, reader.line_num
+    except csv.Error as error:
+        raise InputError(f"{source.path}:{reader.line_num}: not valid CSV: {error}") from error
+    if lines.offset > start:
+        yield Piece(index, start, lines.offset, line, kept.take(lines.offset - start), columns)
+
+
+CUTTERS: dict[str, Callable[[int, Source, BinaryIO], Iterator[Piece]]] = {
+    "text": _document_stream,
+    "lines": _line_stream,
+    "jsonl": _line_stream,
+    "json": _array_stream,
+    "csv": _csv_stream,
+}
+
+
+class _Kept:
+    """A stream that keeps what was read of it, where a worker could not read it again."""
+
+    def __init__(self, stream: BinaryIO, *, keep: bool) -> None:
+        self._stream = stream
+        self._kept = bytearray() if keep else None
+
+    def read(self, size: int) -> bytes:
+        return self._keep(self._stream.read(size))
+
+    def readline(self, size: int) -> bytes:
+        return self._keep(self._stream.readline(size))
+
+    def take(self, size: int) -> bytes | None:
+        """Return the first bytes of what is kept, and keep them no longer; None where nothing is."""
+        if self._kept is None:
+            return None
+        taken = bytes(self._kept[:size])
+        del self._kept[:size]
+        return taken
+
+    def _keep(self, data: bytes) -> bytes:
+        if self._kept is not None:
+            self._kept += data
+        return data
+
+
+def _tables(index: int, source: Source, columns: Collection[str] | None) -> Iterator[tuple[Piece, int, int]]:
+    """Rows of a table of about CHUNK bytes, as Arrow writes them; with each its bytes and the rows of the table."""
     import pyarrow
+
+    try:
+        total, batches = (_parquet if source.kind == "parquet" else _arrow)(source, columns)
+        row = 0
+        for batch in batches:
+            _validate(batch)
+            height = max(1, batch.num_rows * CHUNK // max(batch.nbytes, 1))
+            for start in range(0, batch.num_rows, height):
+                part = batch.slice(start, height)
+                sink = pyarrow.BufferOutputStream()
+                with pyarrow.ipc.new_stream(sink, part.schema) as writer:
+                    writer.write_batch(part)
+                data = sink.getvalue().to_pybytes()
+                yield Piece(index, row, row + part.num_rows, row, data), len(data), total
+                row += part.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{source.path}: not a readable {source.kind} file: {reason}") from error
+
+
+def _validate(batch: Any) -> None:
+    """Refuse a table whose buffers contradict each other: Arrow itself would read past their ends."""
+    import pyarrow
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+            if not (text and "UTF8" in str(error)):  # that one is told of the row
+                raise
+
+
+def _parquet(source: Source, columns: Collection[str] | None) -> tuple[int, Iterator[Any]]:
+    """How many rows there are, and batches of them."""
     from pyarrow import parquet
 
-    try:
-        file = parquet.ParquetFile(source.path)
-        names = file.schema_arrow.names
-        # Where one is missing, all are read: the message then tells the names there are.
-        wanted = list(columns) if columns is not None and set(columns) <= set(names) else None
-        total, row = max(file.metadata.num_rows, 1), 0
-        for batch in file.iter_batches(batch_size=1000, columns=wanted):
-            for record in batch.to_pylist():
-                row += 1
-                yield row, record, source.size * row // total
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{source.path}: not a readable parquet file: {' '.join(str(error).split())[:200]}") from error
+    # Without these two a whole row group would be held.
+    file = parquet.ParquetFile(source.path, pre_buffer=False, buffer_size=BLOCK)
+    return file.metadata.num_rows, file.iter_batches(1000, columns=_wanted(file.schema_arrow.names, columns))
 
 
-def _text(source: Source) -> TextIO:
-    return open(source.path, encoding="utf-8-sig", newline="")
+def _arrow(source: Source, columns: Collection[str] | None) -> tuple[int, Iterator[Any]]:
+    """The same of either of Arrow's formats: the one that ends with an index, and the stream that `datasets` writes."""
+    import pyarrow
+
+    file = pyarrow.memory_map(str(source.path))
+    if file.read(6) == b"ARROW1":
+        reader = pyarrow.ipc.open_file(file)
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]  # maps: nothing is read yet
+    else:
+        file.seek(0)
+        reader = pyarrow.ipc.open_stream(file)
+        batches = list(reader)
+    wanted = _wanted(reader.schema.names, columns)
+    chosen = (batch if wanted is None else batch.select(wanted) for batch in batches)
+    return sum(batch.num_rows for batch in batches), chosen
 
 
-def _read(source: Source, file: TextIO, size: int = BLOCK) -> str:
-    try:
-        return file.read(size)
-    except UnicodeDecodeError as error:
-        raise _encoding(source) from error
-
-
-def _text_lines(source: Source, file: TextIO) -> Iterator[str]:
-    try:
-        yield from file
-    except UnicodeDecodeError as error:
-        raise _encoding(source) from error
-
-
-def _encoding(source: Source) -> InputError:
-    """Where a file stops being UTF-8, as one line."""
-    with open(source.path, "rb") as file:
-        for line, data in enumerate(file, 1):
-            try:
-                data.decode()
-            except UnicodeDecodeError as error:
-                return InputError(f"{source.path}:{line}: {_not_utf8(data, error)}; convert it with iconv -t utf-8")
-    return InputError(f"{source.path}: not UTF-8; convert it with iconv -t utf-8")
+def _wanted(names: Sequence[str], columns: Collection[str] | None) -> list[str] | None:
+    """The columns to read; all where one is missing: the message then tells the names there are."""
+    return [name for name in names if name in columns] if columns is not None and set(columns) <= set(names) else None
