@@ -71,7 +71,9 @@ def test_text_becomes_one_sequence_per_document(tokenizer: Path, tmp_path: Path)
     assert known is not None
     assert (known.kept, known.left_out, known.fingerprint) == (2, {"empty text": 1}, loaded.fingerprint)
     assert f"{tmp_path}/b.jsonl:2: empty text" in run.stderr
-    assert leftovers(tmp_path / "new") == ["x_text_document.bin", "x_text_document.idx", "x_text_document.meta.json"]
+    assert leftovers(tmp_path / "new") == [
+        f"x_text_document{suffix}" for suffix in (".bin", ".idx", ".meta.json", ".origin.bin", ".origin.idx")
+    ]
 
 
 def test_bos_eod_and_uint16(tokenizer: Path, tmp_path: Path) -> None:
@@ -98,8 +100,10 @@ def test_any_number_of_workers_writes_the_same_bytes(
 ) -> None:
     from mindspeed_core.templates import TEMPLATES
     from mindspeed_data import formats, preprocess
+    from mindspeed_data.conversations import CONVERSATIONS
     from mindspeed_data.tokenize import InstructionJob, TextJob
 
+    alpaca = CONVERSATIONS["alpaca"]
     if kind == "text":
         source = lines(tmp_path / "in.jsonl", 3000)
     else:
@@ -115,9 +119,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
         if kind == "text":
             job = TextJob(**common, format=formats.TEXT, keys=formats.TEXT.keys, dtype=np.dtype("int32"), eod=0)
         else:
-            job = InstructionJob(
-                **common, format=formats.ALPACA, keys=formats.ALPACA.keys, template=TEMPLATES["chatml"]
-            )
+            job = InstructionJob(**common, format=alpaca, keys=alpaca.keys, template=TEMPLATES["chatml"])
         preprocess.run(job, output, workers=workers)
         written.append({path.name: path.read_bytes() for path in output.parent.iterdir()})
     assert written[0].keys() == written[1].keys()
@@ -221,7 +223,7 @@ def test_wrong_options_are_said(tokenizer: Path, tmp_path: Path) -> None:
         ([*ok, *output, "--dtype", "int8"], "int8"),
         (["sft", source, "--tokenizer", tokenizer, *output], "brings no chat template; choose one of"),
         (["sft", source, "--tokenizer", tokenizer, "--template", "x", *output], "no template is called x"),
-        (["sft", source, "--tokenizer", tokenizer, "--format", "belle", *output], "--format belle: known are alpaca"),
+        (["sft", source, "--tokenizer", tokenizer, "--format", "belle", *output], "'belle' is not one of 'alpaca'"),
         (["show", tmp_path / "none"], "no data set of that prefix"),
         (["verify", tmp_path / "none"], "no data set of that prefix"),
         (["show", tmp_path / "x", "--start", "3"], "holds 3 samples"),
@@ -264,10 +266,10 @@ def test_a_data_set_of_the_other_kind_is_told_apart(tokenizer: Path, tmp_path: P
     assert data("pretrain", lines(tmp_path / "t.jsonl", 3), *options, tmp_path / "t").returncode == 0
     for name in ("t", "t_text_document", "t_text_document.idx"):
         assert sidecar.text_prefix(tmp_path / name) == tmp_path / "t_text_document"
-        assert not sidecar.is_instruction(tmp_path / name)
+        assert list(sidecar.files_of(tmp_path / name)) == ["text"]
     for name in ("s", "s_packed", "s_packed_input_ids_document", "s_packed_labels_document.bin"):
         assert sidecar.instruction_prefix(tmp_path / name) == tmp_path / "s"
-        assert sidecar.is_instruction(tmp_path / name)
+        assert list(sidecar.files_of(tmp_path / name)) == list(sidecar.INSTRUCTION)
     with pytest.raises(InputError, match="this is instruction data; train on it with sft"):
         sidecar.text_prefix(tmp_path / "s")
     with pytest.raises(InputError, match="this is text; train on it with pretrain"):

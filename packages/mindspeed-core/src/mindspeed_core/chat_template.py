@@ -35,6 +35,10 @@ class TokenizerTemplate:
         """The token at the end of every answer."""
         return tokenizer.eos
 
+    def described(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return what is noted beside data that was written with this template."""
+        return {"template": self.name}
+
     def encode(
         self,
         tokenizer: Tokenizer,

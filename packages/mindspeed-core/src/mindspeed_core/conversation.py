@@ -28,17 +28,16 @@ class Labelled(NamedTuple):
 
 def split(messages: Sequence[Message], system: str | None = None) -> tuple[str | None, list[Message]]:
     """Return the system text and the other messages; ValueError for messages that do not alternate."""
-    messages = list(messages)
-    if messages and messages[0]["role"] == "system":
-        system = system or messages[0]["content"]
-        messages = messages[1:]
-    if not messages:
+    first = 1 if messages and messages[0]["role"] == "system" else 0
+    system = system or (messages[0]["content"] if first else None) or None
+    if len(messages) == first:
         raise ValueError("a conversation without a question")
-    for i, message in enumerate(messages):
+    for i, message in enumerate(messages[first:]):
         expected = ANSWERS if i % 2 else QUESTIONS if i else QUESTIONS[:1]
         if message["role"] not in expected:
-            raise ValueError(f"wrong role: message {i + 1} is from {message['role']}, not from {' or '.join(expected)}")
-    return system or None, messages
+            place, role = f"message {first + i + 1}", message["role"]
+            raise ValueError(f"wrong role: {place} is from {role}, not from {' or '.join(expected)}")
+    return system, list(messages[first:])
 
 
 def answered(messages: Sequence[Message]) -> None:

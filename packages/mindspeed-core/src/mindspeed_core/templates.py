@@ -116,6 +116,11 @@ class Template:
         """The token at the end of every answer."""
         return tokenizer.id_of(self.stop_words[0]) if self.replace_eos else tokenizer.eos
 
+    def described(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return what is noted beside data that was written with this template."""
+        end = self.eos(tokenizer) if self.efficient_eos else None
+        return {"template": self.name, "thinking": self.thinking, "end": end}
+
     def encode(
         self,
         tokenizer: Tokenizer,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mindspeed_core.cli import command_line, run
 from mindspeed_core.errors import InputError
+
+if TYPE_CHECKING:
+    from mindspeed_data.formats import Format
 
 app = command_line("mindspeed-data", "Text and instructions into data sets for training, in Megatron's format.")
 
@@ -21,6 +24,16 @@ MapKeys = Annotated[
     str | None, typer.Option("--map-keys", help='Other names of the keys, as JSON: \'{"text": "body"}\'.')
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")]
+TemplateName = Annotated[
+    str | None, typer.Option("--template", help="Chat template; the tokenizer's own if not given.")
+]
+Thinking = Annotated[
+    Literal["keep", "learn", "drop"],
+    typer.Option("--thinking", help="Thoughts: as they are; empty ones learned, too; or left out."),
+]
+MaxLength = Annotated[int | None, typer.Option("--seq-length", min=2, help="Leave out samples of more tokens.")]
+THINKING = {"keep": None, "learn": True, "drop": False}
 
 
 @app.command()
@@ -38,6 +51,7 @@ def pretrain(
     json_key: Annotated[str | None, typer.Option("--json-key", help="The key that holds the text.")] = None,
     map_keys: MapKeys = None,
     per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a txt, not per file.")] = False,
+    strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Text into OUTPUT_text_document.bin and .idx, one sequence per document."""
@@ -64,7 +78,7 @@ def pretrain(
         bos=loaded.bos if bos else None,
         eod=_eod(loaded, eod_token) if append_eod or eod_token is not None else None,
     )
-    preprocess.run(job, output, workers=workers, overwrite=overwrite)
+    preprocess.run(job, output, workers=workers, overwrite=overwrite, strict=strict)
     print(output)
 
 
@@ -73,40 +87,88 @@ def sft(
     inputs: Inputs,
     tokenizer: TokenizerFolder,
     output: Output,
-    format: Annotated[str, typer.Option("--format", help="What the rows are: alpaca.")] = "alpaca",
-    template: Annotated[
-        str | None, typer.Option("--template", help="Chat template; the tokenizer's own if not given.")
-    ] = None,
-    seq_length: Annotated[
-        int | None, typer.Option("--seq-length", min=2, help="Leave out samples of more tokens.")
-    ] = None,
+    format: Annotated[
+        Literal["alpaca", "sharegpt", "openai"], typer.Option("--format", help="What the rows are.")
+    ] = "alpaca",
+    template: TemplateName = None,
+    thinking: Thinking = "keep",
+    learn: Annotated[
+        Literal["answers", "last", "all"],
+        typer.Option("--learn", help="Every answer, the last one alone, or everything."),
+    ] = "answers",
+    seq_length: MaxLength = None,
     workers: Workers = None,
     map_keys: MapKeys = None,
+    strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Questions and answers into OUTPUT_packed_{input_ids,attention_mask,labels}_document, one sequence per sample."""
-    from mindspeed_core import templates
-    from mindspeed_core.tokenizer import Tokenizer
-    from mindspeed_data import formats, preprocess, readers
+    from mindspeed_data import preprocess
+    from mindspeed_data.conversations import CONVERSATIONS
     from mindspeed_data.tokenize import InstructionJob
 
-    if format not in formats.INSTRUCTION_FORMATS:
-        raise InputError(f"--format {format}: known are {', '.join(formats.INSTRUCTION_FORMATS)}")
-    chosen = templates.template(template)
-    keys = formats.INSTRUCTION_FORMATS[format].mapped(_keys(map_keys))
-    sources = readers.find(inputs)
-    loaded = Tokenizer.load(tokenizer)
-    chosen.check(loaded)
     job = InstructionJob(
-        sources=sources,
-        tokenizer=loaded,
-        format=formats.INSTRUCTION_FORMATS[format],
-        keys=keys,
-        fast=False,
-        template=chosen,
+        **_rows(inputs, tokenizer, CONVERSATIONS[format], map_keys, template, thinking),
+        learn=learn,
         seq_length=seq_length,
     )
-    preprocess.run(job, output, workers=workers, overwrite=overwrite)
+    preprocess.run(job, output, workers=workers, overwrite=overwrite, strict=strict)
+    print(output)
+
+
+@app.command()
+def pairwise(
+    inputs: Inputs,
+    tokenizer: TokenizerFolder,
+    output: Output,
+    format: Annotated[
+        Literal["alpaca", "sharegpt", "openai"], typer.Option("--format", help="What the rows are.")
+    ] = "alpaca",
+    template: TemplateName = None,
+    thinking: Thinking = "keep",
+    seq_length: MaxLength = None,
+    workers: Workers = None,
+    map_keys: MapKeys = None,
+    strict: Strict = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Questions with a better and a worse answer into OUTPUT_packed_{chosen,rejected}_{input_ids,labels}_document."""
+    from mindspeed_data import preprocess
+    from mindspeed_data.pairwise import PAIRS, PairwiseJob
+
+    job = PairwiseJob(**_rows(inputs, tokenizer, PAIRS[format], map_keys, template, thinking), seq_length=seq_length)
+    preprocess.run(job, output, workers=workers, overwrite=overwrite, strict=strict)
+    print(output)
+
+
+@app.command()
+def prm(
+    inputs: Inputs,
+    tokenizer: TokenizerFolder,
+    output: Output,
+    format: Annotated[
+        Literal["placeholder", "math-shepherd", "stepwise"], typer.Option("--format", help="What the rows are.")
+    ] = "placeholder",
+    placeholder: Annotated[str, typer.Option("--placeholder", help="What ends a step; one token.")] = "ки",
+    reward_tokens: Annotated[
+        str, typer.Option("--reward-tokens", help="What steps are worth, the best first; one token each.")
+    ] = "+ -",
+    seq_length: MaxLength = None,
+    workers: Workers = None,
+    map_keys: MapKeys = None,
+    strict: Strict = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Solutions in steps that are good or bad into OUTPUT_packed_{input_ids,attention_mask,labels}_document."""
+    from mindspeed_data import preprocess
+    from mindspeed_data.process_reward import Marks, ProcessRewardJob, process_rewards, token_ids
+
+    marks = Marks(placeholder, tuple(reward_tokens.split()))
+    job = ProcessRewardJob(
+        **_rows(inputs, tokenizer, process_rewards(marks)[format], map_keys), marks=marks, seq_length=seq_length
+    )
+    token_ids(marks, job.tokenizer)
+    preprocess.run(job, output, workers=workers, overwrite=overwrite, strict=strict)
     print(output)
 
 
@@ -134,14 +196,41 @@ def verify(prefix: Annotated[Path, typer.Argument(help="Prefix of a data set, as
     print(verify_files(prefix))
 
 
+def _rows(
+    inputs: list[Path],
+    tokenizer: Path,
+    format: Format,
+    map_keys: str | None,
+    template: str | None = None,
+    thinking: str | None = None,
+) -> dict[str, Any]:
+    """What every job on rows needs; with a chat template where `thinking` says how."""
+    from mindspeed_core import templates
+    from mindspeed_core.tokenizer import Tokenizer
+    from mindspeed_data import readers
+
+    keys = format.mapped(_keys(map_keys))
+    chosen = None if thinking is None else templates.template(template, thinking=THINKING[thinking])
+    sources = readers.find(inputs)
+    loaded = Tokenizer.load(tokenizer)
+    job = {"sources": sources, "tokenizer": loaded, "format": format, "keys": keys, "fast": False}
+    if chosen is None:
+        return job
+    chosen.check(loaded)
+    return {**job, "template": chosen}
+
+
 def _keys(text: str | None) -> dict[str, str]:
-    """The value of --map-keys."""
+    """The value of --map-keys; names within "tags", as the original groups them, are names like the others."""
     if text is None:
         return {}
     try:
         keys: Any = json.loads(text)
     except ValueError as error:
         raise InputError(f'--map-keys: not valid JSON ({error}); write it like \'{{"text": "body"}}\'') from error
+    if isinstance(keys, dict) and isinstance(keys.get("tags"), dict):
+        tags = keys.pop("tags")
+        keys = {**keys, **tags}
     if not isinstance(keys, dict) or not all(isinstance(value, str) for value in keys.values()):
         raise InputError('--map-keys: an object of names is expected, like \'{"text": "body"}\'')
     return keys

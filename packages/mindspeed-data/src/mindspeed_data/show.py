@@ -1,60 +1,91 @@
-"""Samples of a data set as text, with what is learned marked."""
+"""Samples of a data set as text, with what is learned marked, and where they came from."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import TextStream, Tokenizer
 from mindspeed_data import sidecar
-from mindspeed_data.indexed import IndexedDataset
+from mindspeed_data.indexed import IndexedDataset, path_of
+
+COLOURS = {"rejected": "bold red"}  # of what is learned; green for the rest
 
 
 def show(prefix: Path, *, tokenizer: Path | None, start: int, count: int, length: int) -> None:
     """Print samples to stdout."""
     from rich.console import Console
-    from rich.text import Text
 
-    instruction = sidecar.is_instruction(prefix)
-    base = sidecar.instruction_prefix(prefix) if instruction else sidecar.text_prefix(prefix)
     known = sidecar.read(prefix)
     folder = tokenizer or (Path(known.tokenizer) if known is not None else None)
     if folder is None:
         raise InputError(f"{prefix}: nothing beside it says which tokenizer made it; name it with --tokenizer")
     loaded = Tokenizer.load(folder)
     sidecar.check_tokenizer(prefix, loaded)
-    ids = IndexedDataset(f"{base}{sidecar.INSTRUCTION['input_ids']}" if instruction else base)
-    labels = IndexedDataset(f"{base}{sidecar.INSTRUCTION['labels']}") if instruction else None
+    files = {name: IndexedDataset(path) for name, path in sidecar.files_of(prefix).items()}
+    ids = next(iter(files.values()))
     if start >= len(ids):
         raise InputError(f"--start {start}: {prefix} holds {len(ids):,} samples, counted from 0")
+    origins = _Origins(prefix, known)
     out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for i in range(start, min(start + count, len(ids))):
-        sample = ids[i][:length].tolist()
-        learned = [True] * len(sample) if labels is None else (labels[i][:length] != IGNORED).tolist()
-        text = Text()
-        for part, is_learned in _parts(loaded, sample, learned):
-            if labels is None or not is_learned:
-                text.append(part, "dim" if labels is not None else "")
-            else:
-                text.append(part if out.is_terminal else f"«{part}»", "bold green")
-        size = len(ids[i])
-        head = f"sample {i} of {len(ids):,}: {size:,} tokens"
-        if labels is not None:
-            head += f", {int((labels[i] != IGNORED).sum()):,} of them learned"
-        out.print(f"--- {head}{f' (the first {length:,})' if size > length else ''}", style="bold")
-        out.print(text)
+        out.print(f"--- sample {i} of {len(ids):,}{origins.of(i)}", style="bold")
+        for which in ("", "chosen_", "rejected_"):
+            if (data := files.get(f"{which}input_ids", files.get("text") if not which else None)) is not None:
+                labels = files.get(f"{which}labels")
+                _show(out, loaded, which.rstrip("_"), data[i], None if labels is None else labels[i], length)
     sys.stdout.flush()
 
 
-def _parts(tokenizer: Tokenizer, ids: list[int], learned: list[bool]) -> Iterator[tuple[str, bool]]:
-    """Stretches of text that are all learned or all not; together they are the decoded sample."""
+def _show(out: Any, tokenizer: Tokenizer, which: str, ids: Any, labels: Any, length: int) -> None:
+    """Print one sequence of ids below how long it is."""
+    from rich.text import Text
+
+    head = f"{which + ': ' if which else ''}{len(ids):,} tokens"
+    if labels is not None:
+        head += f", {int((labels != IGNORED).sum()):,} of them learned"
+    out.print(f"{head}{f' (the first {length:,})' if len(ids) > length else ''}", style="dim")
+    text = Text()
+    for part, is_learned in _parts(
+        tokenizer, ids[:length].tolist(), None if labels is None else labels[:length].tolist()
+    ):
+        if not is_learned:
+            text.append(part, "" if labels is None else "dim")
+        else:
+            text.append(part if out.is_terminal else f"«{part}»", COLOURS.get(which, "bold green"))
+    out.print(text)
+
+
+def _parts(tokenizer: Tokenizer, ids: list[int], labels: list[int] | None) -> Iterator[tuple[str, bool]]:
+    """Stretches of text that are all learned or all not; together they are the decoded sample. What is learned in the place
+    of another token stands behind it: →token."""
     stream = TextStream(tokenizer, skip_special=False)
+    learned = [label != IGNORED for label in labels] if labels is not None else [False] * len(ids)
+    replaced = [labels is not None and learned[i] and labels[i] != ids[i] for i in range(len(ids))]
     start = 0
     for i in range(1, len(ids) + 1):
-        if i == len(ids) or learned[i] != learned[start]:
+        if i == len(ids) or learned[i] != learned[start] or replaced[i] or replaced[i - 1]:
             text = "".join(map(stream.push, ids[start:i])) + stream.finish()
+            if replaced[i - 1] and labels is not None:
+                text += f"→{tokenizer.decode([labels[i - 1]], skip_special=False)}"
             yield text, learned[start]
             start = i
+
+
+class _Origins:
+    """From which file and line samples came, as far as it is known."""
+
+    def __init__(self, prefix: Path, known: sidecar.Sidecar | None) -> None:
+        path = sidecar.beside(prefix, sidecar.ORIGIN)
+        self._places = IndexedDataset(path) if known is not None and path_of(path, ".idx").exists() else None
+        self._inputs = [] if known is None else [source["path"] for source in known.inputs]
+
+    def of(self, sample: int) -> str:
+        if self._places is None:
+            return ""
+        places = self._places[sample].reshape(-1, 2).tolist()
+        return ", from " + ", ".join(f"{self._inputs[file]}{f':{line}' if line else ''}" for file, line in places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from mindspeed_data.indexed import IndexedDataset, path_of
 TEXT = "_text_document"
 PACKED = "_packed"
 INSTRUCTION = {name: f"{PACKED}_{name}_document" for name in ("input_ids", "attention_mask", "labels")}
+PAIRWISE = {
+    f"{which}_{name}": f"{PACKED}_{which}_{name}_document"
+    for which in ("chosen", "rejected")
+    for name in ("input_ids", "labels")
+}
+ORIGIN = ".origin"  # beside the ids: the number of the input and the line of every sample
 SCANNED = 4_000_000  # ids that are looked at where no sidecar names the tokenizer
 
 
@@ -22,7 +29,7 @@ SCANNED = 4_000_000  # ids that are looked at where no sidecar names the tokeniz
 class Sidecar:
     """The contents of `PREFIX_text_document.meta.json` or `PREFIX_packed.meta.json`."""
 
-    kind: str  # "pretrain" or "instruction"
+    kind: str  # "pretrain", "instruction", "pairwise" or "process_reward"
     tokenizer: str  # the folder, as it was given
     fingerprint: str
     vocab_size: int
@@ -34,13 +41,49 @@ class Sidecar:
     longest: int  # tokens of the longest sample
     inputs: list[dict[str, Any]]  # {"path", "bytes"}
     template: str | None = None
+    thinking: bool | None = None
+    learn: str | None = None
+    end: int | None = None  # EOS, where it is learned in the place of what follows an answer
+    placeholder: int | None = None  # the token at the end of a step, and those that say how good it is
+    rewards: list[int] | None = None
     bos: int | None = None
     eod: int | None = None
     seq_length: int | None = None
     version: int = 1
 
+    @property
+    def stand_ins(self) -> set[int]:
+        """Ids that are learned in the place of another."""
+        return {*([] if self.end is None else [self.end]), *(self.rewards or [])}
+
     def text(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the files of a kind of data are called."""
+
+    name: str
+    files: Mapping[str, str]  # -> what follows the prefix
+    made_by: str
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.files.values()))
+
+    def prefix(self, prefix: str | Path) -> Path | None:
+        """Return P, of which P, P_packed and any of its files' prefixes are names; None where there is no such data."""
+        given = _bare(prefix)
+        suffix = next((s for s in (*self.files.values(), PACKED) if given.name.endswith(s)), "")
+        bare = given.with_name(given.name.removesuffix(suffix))
+        return bare if path_of(f"{bare}{self.first}", ".idx").exists() else None
+
+
+LAYOUTS = (
+    Layout("instruction data", INSTRUCTION, "sft"),
+    Layout("pairs of answers", PAIRWISE, "pairwise"),
+)
 
 
 def text_prefix(prefix: str | Path) -> Path:
@@ -49,8 +92,11 @@ def text_prefix(prefix: str | Path) -> Path:
     if found is not None:
         return found
     given = _bare(prefix)
-    if _instruction(prefix) is not None:
-        raise InputError(f"{given}: this is instruction data; train on it with sft, or make text with pretrain")
+    for layout in LAYOUTS:
+        if layout.prefix(prefix) is not None:
+            raise InputError(
+                f"{given}: this is {layout.name}; train on it with {layout.made_by}, or make text with pretrain"
+            )
     raise InputError(
         f"{given}: no data set of that prefix (neither {given.name}.idx nor {given.name}{TEXT}.idx is in "
         f"{given.parent}); write one with mindspeed-data pretrain"
@@ -59,38 +105,56 @@ def text_prefix(prefix: str | Path) -> Path:
 
 def instruction_prefix(prefix: str | Path) -> Path:
     """Return the prefix P of instruction data, of which P, P_packed and any of its files' prefixes are names."""
-    found = _instruction(prefix)
+    return _prefix(prefix, LAYOUTS[0])
+
+
+def pairwise_prefix(prefix: str | Path) -> Path:
+    """Return the prefix P of pairs, of which P, P_packed and any of its files' prefixes are names."""
+    return _prefix(prefix, LAYOUTS[1])
+
+
+def _prefix(prefix: str | Path, layout: Layout) -> Path:
+    found = layout.prefix(prefix)
     if found is not None:
         return found
     given = _bare(prefix)
     if _text(prefix) is not None:
-        raise InputError(f"{given}: this is text; train on it with pretrain, or make instruction data with sft")
+        raise InputError(
+            f"{given}: this is text; train on it with pretrain, or make {layout.name} with {layout.made_by}"
+        )
+    for other in LAYOUTS:
+        if other.prefix(prefix) is not None:
+            raise InputError(f"{given}: this is {other.name}; make {layout.name} with {layout.made_by}")
     raise InputError(
-        f"{given}: no instruction data of that prefix ({given.name}{INSTRUCTION['input_ids']}.idx is not in "
-        f"{given.parent}); write it with mindspeed-data sft"
+        f"{given}: no {layout.name} of that prefix ({given.name}{layout.first}.idx is not in "
+        f"{given.parent}); write it with mindspeed-data {layout.made_by}"
     )
 
 
-def is_instruction(prefix: str | Path) -> bool:
-    """True for a prefix of instruction data, False for one of text; InputError where there is neither."""
-    if _text(prefix) is None and _instruction(prefix) is not None:
-        return True
-    text_prefix(prefix)  # raises where there is neither
-    return False
+def files_of(prefix: str | Path) -> dict[str, Path]:
+    """Return the prefixes of the files of a data set of any kind, by their names ("text" alone for text); InputError
+    where there is none."""
+    if _text(prefix) is None:
+        for layout in LAYOUTS:
+            if (found := layout.prefix(prefix)) is not None:
+                return {name: Path(f"{found}{suffix}") for name, suffix in layout.files.items()}
+    return {"text": text_prefix(prefix)}  # raises where there is neither
+
+
+def beside(prefix: str | Path, suffix: str) -> Path:
+    """Return the path of what stands beside the files of a data set: its description (".meta.json"), its origins."""
+    files = files_of(prefix)
+    if "text" in files:
+        return path_of(files["text"], suffix)
+    first, path = next(iter(files.items()))
+    return path_of(str(path).removesuffix(f"_{first}_document"), suffix)
 
 
 def _text(prefix: str | Path) -> Path | None:
     given = _bare(prefix)
-    if given.name.endswith(tuple(INSTRUCTION.values())):
+    if given.name.endswith(tuple(suffix for layout in LAYOUTS for suffix in layout.files.values())):
         return None
     return next((path for path in (given, Path(f"{given}{TEXT}")) if path_of(path, ".idx").exists()), None)
-
-
-def _instruction(prefix: str | Path) -> Path | None:
-    given = _bare(prefix)
-    suffix = next((s for s in (*INSTRUCTION.values(), PACKED) if given.name.endswith(s)), "")
-    bare = given.with_name(given.name.removesuffix(suffix))
-    return bare if path_of(f"{bare}{INSTRUCTION['input_ids']}", ".idx").exists() else None
 
 
 def _bare(prefix: str | Path) -> Path:
@@ -100,8 +164,7 @@ def _bare(prefix: str | Path) -> Path:
 
 def read(prefix: str | Path) -> Sidecar | None:
     """Return what is known of a data set of either kind; None for one that others wrote."""
-    base = f"{instruction_prefix(prefix)}{PACKED}" if is_instruction(prefix) else text_prefix(prefix)
-    path = path_of(base, ".meta.json")
+    path = beside(prefix, ".meta.json")
     if not path.exists():
         return None
     try:
@@ -123,11 +186,7 @@ def check_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:
                 f"{'make the data again' if same else 'name that tokenizer or make the data again'}"
             )
         return
-    if is_instruction(prefix):
-        base = Path(f"{instruction_prefix(prefix)}{INSTRUCTION['input_ids']}")
-    else:
-        base = text_prefix(prefix)
-    ids = IndexedDataset(base).ids[:SCANNED]
+    ids = IndexedDataset(next(iter(files_of(prefix).values()))).ids[:SCANNED]
     if ids.size and int(ids.max()) >= tokenizer.vocab_size:
         raise InputError(
             f"{prefix}: holds the id {int(ids.max())}, beyond the {tokenizer.vocab_size:,} ids of the tokenizer "

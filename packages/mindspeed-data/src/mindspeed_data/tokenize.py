@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mindspeed_core.conversation import Learn
 from mindspeed_core.templates import Template, TokenizerTemplate
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.formats import Format
 from mindspeed_data.readers import Chunk, Fault, Rows, Source
-from mindspeed_data.sidecar import INSTRUCTION, TEXT
+from mindspeed_data.sidecar import INSTRUCTION, PACKED, TEXT
 
 CHECKED = 20_000  # characters of a text that both encoders are compared on
 
@@ -30,9 +31,11 @@ class Encoded:
     """The samples of one chunk, in order, and what was left out."""
 
     arrays: dict[str, NDArray[Any]]  # per file: the ids of all samples, one after the other
-    lengths: NDArray[np.int32]
+    lengths: NDArray[np.int32]  # tokens of each sample
+    places: list[tuple[int, int]]  # where each sample stood: piece and line
     faults: list[Fault]
     lines: list[int]  # lines in each of the chunk's byte ranges
+    lengths_of: dict[str, NDArray[np.int32]] = field(default_factory=dict)  # of the files whose lengths differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,14 @@ class Job:
     format: Format
     keys: Mapping[str, str]
     fast: bool  # gigatoken instead of tokenizers
+    dtype: np.dtype[Any] = field(default=np.dtype(np.int32))
+
+    outputs: ClassVar[Mapping[str, str]]  # the files: name -> what follows the prefix
+    beside: ClassVar[str]  # what the file that describes them is called after
+
+    def described(self) -> dict[str, Any]:
+        """Return what the sidecar says of this kind of data alone."""
+        raise NotImplementedError
 
     def start(self) -> Callable[[Chunk], Encoded]:
         """Return the function from a chunk to its ids."""
@@ -79,18 +90,21 @@ class Job:
 class TextJob(Job):
     """Pretraining text: one sequence per document."""
 
-    dtype: np.dtype[Any]
     bos: int | None = None
     eod: int | None = None
 
     outputs: ClassVar[Mapping[str, str]] = {"text": TEXT}
+    beside: ClassVar[str] = TEXT
+
+    def described(self) -> dict[str, Any]:
+        return {"kind": "pretrain", "bos": self.bos, "eod": self.eod}
 
     def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
         rows, faults = Rows(chunk, self.sources), []
         before = [] if self.bos is None else [np.array([self.bos], np.uint32)]
         after = [] if self.eod is None else [np.array([self.eod], np.uint32)]
         encode = tokenizer.encoder or tokenizer.encode
-        parts, lengths = [], []
+        parts, lengths, places = [], [], []
         for piece, line, text in self._samples(rows, faults):
             try:
                 ids = encode(text)
@@ -101,8 +115,9 @@ class TextJob(Job):
                 self._proven(tokenizer, text)
             parts += [*before, np.asarray(ids, np.uint32), *after]
             lengths.append(len(ids) + len(before) + len(after))
+            places.append((piece, line))
         ids = np.concatenate(parts).astype(self.dtype) if parts else np.empty(0, self.dtype)
-        return Encoded({"text": ids}, np.array(lengths, np.int32), faults, rows.lines)
+        return Encoded({"text": ids}, np.array(lengths, np.int32), places, faults, rows.lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,19 +125,30 @@ class InstructionJob(Job):
     """Conversations: ids, and labels that are IGNORED where nothing is learned. Labels are not shifted on disk."""
 
     template: Template | TokenizerTemplate
+    learn: Learn = "answers"
     seq_length: int | None = None
-    dtype: np.dtype[Any] = field(default=np.dtype(np.int32))
 
     outputs: ClassVar[Mapping[str, str]] = INSTRUCTION
+    beside: ClassVar[str] = PACKED
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "kind": "instruction",
+            **self.template.described(self.tokenizer),
+            "learn": self.learn,
+            "seq_length": self.seq_length,
+        }
 
     def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
         rows, faults = Rows(chunk, self.sources), []
         ids: list[int] = []
         labels: list[int] = []
-        lengths = []
+        lengths, places = [], []
         for piece, line, sample in self._samples(rows, faults):
             try:
-                labelled = self.template.encode(tokenizer, sample.messages, sample.system)
+                labelled = self.template.encode(
+                    tokenizer, sample.messages, sample.system, sample.tools, learn=self.learn
+                )
             except (TypeError, UnicodeError):
                 faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
                 continue
@@ -138,12 +164,13 @@ class InstructionJob(Job):
             ids += labelled.ids
             labels += labelled.labels
             lengths.append(length)
+            places.append((piece, line))
         arrays = {
             "input_ids": np.array(ids, self.dtype),
             "attention_mask": np.ones(len(ids), self.dtype),
             "labels": np.array(labels, self.dtype),
         }
-        return Encoded(arrays, np.array(lengths, np.int32), faults, rows.lines)
+        return Encoded(arrays, np.array(lengths, np.int32), places, faults, rows.lines)
 
 
 def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder:

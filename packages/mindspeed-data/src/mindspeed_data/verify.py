@@ -19,24 +19,22 @@ BLOCK = 1 << 22  # ids that are looked at together
 def verify(prefix: Path) -> str:
     """Return one line about a sound data set; raise InputError with a line per fault."""
     known = sidecar.read(prefix)
-    if sidecar.is_instruction(prefix):
-        base = sidecar.instruction_prefix(prefix)
-        files = {name: IndexedDataset(f"{base}{suffix}") for name, suffix in sidecar.INSTRUCTION.items()}
-        faults = [fault for data in files.values() for fault in _faults_of_index(data)]
-        faults = faults or list(_faults_of_instructions(files, known))
-        data = files["input_ids"]
-    else:
-        data = IndexedDataset(sidecar.text_prefix(prefix))
-        faults = list(_faults_of_index(data)) or list(_faults_of_ids(data, known))
-    if known is not None and (len(data), data.tokens) != (known.kept, known.tokens):
+    files = {name: IndexedDataset(path) for name, path in sidecar.files_of(prefix).items()}
+    of_ids = [data for name, data in files.items() if name == "text" or name.endswith("input_ids")]
+    faults = [fault for data in files.values() for fault in _faults_of_index(data)]
+    if not faults:
+        faults = [fault for data in of_ids for fault in _faults_of_ids(data, known)]
+        faults += _faults_beside(files, known)
+    data, tokens = of_ids[0], sum(data.tokens for data in of_ids)
+    if known is not None and (len(data), tokens) != (known.kept, known.tokens):
         faults.append(
-            f"{prefix}: holds {len(data):,} samples and {data.tokens:,} tokens, "
+            f"{prefix}: holds {len(data):,} samples and {tokens:,} tokens, "
             f"its description says {known.kept:,} and {known.tokens:,}"
         )
     if faults:
         raise InputError("\n".join(faults))
-    longest = int(data.lengths.max(initial=0))
-    return f"{prefix}: sound; {len(data):,} samples, {data.tokens:,} tokens, longest {longest:,}, {data.dtype.name}"
+    longest = max(int(data.lengths.max(initial=0)) for data in of_ids)
+    return f"{prefix}: sound; {len(data):,} samples, {tokens:,} tokens, longest {longest:,}, {data.dtype.name}"
 
 
 def _faults_of_index(data: IndexedDataset) -> Iterator[str]:
@@ -67,16 +65,28 @@ def _faults_of_ids(data: IndexedDataset, known: Sidecar | None) -> Iterator[str]
             return
 
 
-def _faults_of_instructions(files: dict[str, IndexedDataset], known: Sidecar | None) -> Iterator[str]:
-    ids, labels, mask = files["input_ids"], files["labels"], files["attention_mask"]
-    for other in (labels, mask):
-        if not np.array_equal(other.lengths, ids.lengths):
-            yield f"{path_of(other.prefix, '.idx')}: its lengths are not those of {ids.prefix.name}"
-            return
-    yield from _faults_of_ids(ids, known)
+def _faults_beside(files: dict[str, IndexedDataset], known: Sidecar | None) -> Iterator[str]:
+    """Faults of masks and labels, each beside its ids."""
+    for name, data in files.items():
+        ids = files.get(
+            "chosen_input_ids" if name.startswith("chosen") else "rejected_input_ids", files.get("input_ids")
+        )
+        if ids is None or data is ids:
+            continue
+        if not np.array_equal(data.lengths, ids.lengths):
+            yield f"{path_of(data.prefix, '.idx')}: its lengths are not those of {ids.prefix.name}"
+        elif name.endswith("labels"):
+            yield from _faults_of_labels(ids, data, known)
+
+
+def _faults_of_labels(ids: IndexedDataset, labels: IndexedDataset, known: Sidecar | None) -> Iterator[str]:
+    allowed = None if known is None else known.stand_ins
     for i in range(len(ids)):
         learned = labels[i] != IGNORED
-        if not np.array_equal(labels[i][learned], ids[i][learned]):
+        others = set(labels[i][learned & (labels[i] != ids[i])].tolist())
+        if allowed is None:  # others wrote it: one token may stand for the end of answers
+            allowed = others or None
+        if not others <= (allowed or set()):
             yield f"{path_of(labels.prefix, '.bin')}: sample {i} has a label that is not the id beside it"
             return
         if not learned.any():

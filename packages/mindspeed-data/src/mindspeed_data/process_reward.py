@@ -1,0 +1,196 @@
+"""Solutions in steps, each of which is good or bad, for process reward models.
+
+A placeholder ends every step. Its label is the token that says what the step is worth, and nothing else has a label; in
+training the labels are not shifted:
+
+    input_ids   ... 4 8 / 2 = 2 4 .   ки   S o   7 2 .   ки
+    labels                             +                  -
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mindspeed_core.conversation import IGNORED, Labelled
+from mindspeed_core.errors import InputError
+from mindspeed_core.tokenizer import Tokenizer
+from mindspeed_data.formats import Format, Keys, Record, kind_of, string
+from mindspeed_data.readers import Chunk, Fault, Rows
+from mindspeed_data.sidecar import INSTRUCTION, PACKED
+from mindspeed_data.tokenize import Encoded, Job
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The texts that end a step, and those that say what it is worth, the best first."""
+
+    placeholder: str = "ки"
+    rewards: tuple[str, ...] = ("+", "-")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The text before, between and after the placeholders, and the reward at each."""
+
+    parts: tuple[str, ...]
+    rewards: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessRewardJob(Job):
+    """Solutions: the ids of the whole text, and labels at its placeholders."""
+
+    marks: Marks
+    seq_length: int | None = None
+
+    outputs: ClassVar = INSTRUCTION
+    beside: ClassVar[str] = PACKED
+
+    def described(self) -> dict[str, Any]:
+        placeholder, rewards = token_ids(self.marks, self.tokenizer)
+        return {
+            "kind": "process_reward",
+            "placeholder": placeholder,
+            "rewards": list(rewards.values()),
+            "seq_length": self.seq_length,
+        }
+
+    def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
+        rows, faults = Rows(chunk, self.sources), []
+        placeholder, rewards = token_ids(self.marks, self.tokenizer)
+        ids: list[int] = []
+        labels: list[int] = []
+        lengths, places = [], []
+        for piece, line, solution in self._samples(rows, faults):
+            try:
+                labelled = _labelled(tokenizer, solution, self.marks.placeholder, placeholder, rewards)
+            except (TypeError, UnicodeError):
+                faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
+                continue
+            if not places:
+                self._proven(tokenizer, solution.parts[0])
+            length = len(labelled.ids)
+            if self.seq_length is not None and length > self.seq_length:
+                faults.append(Fault(piece, line, f"longer than {self.seq_length} tokens: {length}"))
+                continue
+            ids += labelled.ids
+            labels += labelled.labels
+            lengths.append(length)
+            places.append((piece, line))
+        arrays = {
+            "input_ids": np.array(ids, self.dtype),
+            "attention_mask": np.ones(len(ids), self.dtype),
+            "labels": np.array(labels, self.dtype),
+        }
+        return Encoded(arrays, np.array(lengths, np.int32), places, faults, rows.lines)
+
+
+def token_ids(marks: Marks, tokenizer: Tokenizer) -> tuple[int, dict[str, int]]:
+    """Return the ids of the placeholder and of the rewards; each must be one token."""
+    ids = []
+    for option, text in [("--placeholder", marks.placeholder), *(("--reward-tokens", text) for text in marks.rewards)]:
+        encoded = tokenizer.encode(text)
+        if len(encoded) != 1:
+            raise InputError(
+                f"{option}: {text!r} is {len(encoded)} tokens for the tokenizer in {tokenizer.folder}, and must be one"
+            )
+        ids += encoded
+    if len(set(ids)) != len(ids):
+        raise InputError("--placeholder, --reward-tokens: they must be different tokens")
+    return ids[0], dict(zip(marks.rewards, ids[1:], strict=True))
+
+
+def _labelled(
+    tokenizer: Tokenizer, solution: Solution, text: str, placeholder: int, rewards: dict[str, int]
+) -> Labelled:
+    """The ids of a whole text if each of its placeholders is the one token; else those of its parts, around them."""
+    ids = tokenizer.encode(text.join(solution.parts))
+    if ids.count(placeholder) != len(solution.rewards):
+        ids = tokenizer.encode(solution.parts[0])
+        for part in solution.parts[1:]:
+            ids += [placeholder, *tokenizer.encode(part)]
+    worth = iter(solution.rewards)
+    return Labelled(ids, [rewards[next(worth)] if id == placeholder else IGNORED for id in ids])
+
+
+def _cut(record: Record, keys: Keys, marks: Marks) -> tuple[str, ...]:
+    """The parts of an input around its placeholders."""
+    text = string(record, keys["input"])
+    if not text.strip():
+        raise ValueError("empty text")
+    parts = tuple(text.split(marks.placeholder))
+    if len(parts) == 1:
+        raise ValueError(f"no step: {keys['input']} holds no {marks.placeholder}")
+    return parts
+
+
+def _placeholder(marks: Marks, record: Record, keys: Keys) -> Solution:
+    parts = _cut(record, keys, marks)
+    values = record[keys["value"]]
+    if not isinstance(values, list):
+        raise ValueError(f"{keys['value']} is {kind_of(values)}, not a list")
+    if len(values) != len(parts) - 1:
+        raise ValueError(f"not a value for every placeholder: {len(values)} for {len(parts) - 1}")
+    for value in values:
+        if value not in marks.rewards:
+            raise ValueError(f"unknown reward: {value!r} is not one of {' '.join(marks.rewards)}")
+    return Solution(parts, tuple(values))
+
+
+def _math_shepherd(marks: Marks, record: Record, keys: Keys) -> Solution:
+    parts = _cut(record, keys, marks)
+    label, at = string(record, keys["label"]), 0
+    rewards = []
+    for i, part in enumerate(parts):
+        found = label.startswith(part, at)
+        at += len(part)
+        if i < len(parts) - 1:
+            reward = next((reward for reward in marks.rewards if label.startswith(reward, at)), None)
+            found = found and reward is not None
+            rewards.append(reward or "")
+            at += len(reward or "")
+        elif at != len(label):
+            found = False
+        if not found:
+            raise ValueError(f"{keys['label']} is not {keys['input']} with a reward in the place of every placeholder")
+    return Solution(parts, tuple(rewards))
+
+
+def _stepwise(marks: Marks, record: Record, keys: Keys) -> Solution:
+    prompt, steps, good = string(record, keys["prompt"]), record[keys["completions"]], record[keys["labels"]]
+    if not prompt.strip():
+        raise ValueError("empty question")
+    for key, values, kind in ((keys["completions"], steps, str), (keys["labels"], good, bool)):
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"{key} is not a list of {'texts' if kind is str else 'true and false'}")
+    if not steps or not all(step.strip() for step in steps):
+        raise ValueError("empty step")
+    if len(steps) != len(good):
+        raise ValueError(f"not a label for every step: {len(good)} for {len(steps)}")
+    if any(marks.placeholder in text for text in (prompt, *steps)):
+        raise ValueError(f"a text that holds the placeholder {marks.placeholder} itself")
+    # a step a line, and a blank before the placeholder, as Math-Shepherd has it
+    parts = [f"{prompt}\n{steps[0]} ", *(f"\n{step} " for step in steps[1:]), ""]
+    return Solution(tuple(parts), tuple(marks.rewards[0] if value else marks.rewards[-1] for value in good))
+
+
+def process_rewards(marks: Marks) -> dict[str, Format]:
+    """Return the formats of solutions with these marks."""
+    return {
+        "placeholder": Format(
+            "placeholder", {"input": "input", "value": "value"}, ("input", "value"), partial(_placeholder, marks)
+        ),
+        "math-shepherd": Format(
+            "math-shepherd", {"input": "input", "label": "label"}, ("input", "label"), partial(_math_shepherd, marks)
+        ),
+        "stepwise": Format(
+            "stepwise",
+            {"prompt": "prompt", "completions": "completions", "labels": "labels"},
+            ("prompt", "completions", "labels"),
+            partial(_stepwise, marks),
+        ),
+    }
