@@ -102,7 +102,11 @@ BAD = [
     ),
     (
         "sharegpt",
-        {"conversations": [turn("human", "a"), turn("gpt", "b")], "chosen": turn("gpt", "b"), "rejected": turn("gpt", "c")},
+        {
+            "conversations": [turn("human", "a"), turn("gpt", "b")],
+            "chosen": turn("gpt", "b"),
+            "rejected": turn("gpt", "c"),
+        },
         "no question at the end: the last message is an answer already",
     ),
 ]
@@ -118,7 +122,16 @@ def test_every_bad_row_is_counted_and_named_with_its_line(tokenizer: Path, tmp_p
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in [GOOD[format], *(record for record, _ in bad)]))
     run = data(
-        "pairwise", source, "--format", format, "--tokenizer", tokenizer, "--template", "chatml", "--output", tmp_path / "x"
+        "pairwise",
+        source,
+        "--format",
+        format,
+        "--tokenizer",
+        tokenizer,
+        "--template",
+        "chatml",
+        "--output",
+        tmp_path / "x",
     )
     assert run.returncode == 0, run.stderr
     known = sidecar.read(tmp_path / "x")
@@ -128,7 +141,12 @@ def test_every_bad_row_is_counted_and_named_with_its_line(tokenizer: Path, tmp_p
         assert f"{source}:{number}: {said}\n" in run.stderr
     shown = data("show", tmp_path / "x").stdout
     assert f"--- sample 0 of 1, from {source}:1\n" in shown
-    assert shown.index("chosen: ") < shown.index("«b<|im_end|>»") < shown.index("rejected: ") < shown.index("«c<|im_end|>»")
+    assert (
+        shown.index("chosen: ")
+        < shown.index("«b<|im_end|>»")
+        < shown.index("rejected: ")
+        < shown.index("«c<|im_end|>»")
+    )
 
 
 def test_pairs_are_told_apart_from_other_data(tokenizer: Path, tmp_path: Path) -> None:

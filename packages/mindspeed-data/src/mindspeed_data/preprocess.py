@@ -97,7 +97,7 @@ def _check_keys(job: Job, chunk: Chunk, row: Row) -> None:
         return
     piece = chunk.pieces[row.piece]
     source = job.sources[piece.source]
-    where = f"{source.path}:{row.line}" if row.line and piece.start == 0 else source.path
+    where = f"{source.path}:{piece.line + row.line}" if row.line and piece.line is not None else source.path
     if not isinstance(job, TextJob) and source.kind in ("text", "lines"):
         raise InputError(f"{source.path}: a text holds no questions and answers; use mindspeed-data pretrain")
     has = ", ".join(map(str, list(row.record)[:12])) or "no key"
@@ -162,7 +162,7 @@ def _write(job: Job, output: Path, workers: int, *, strict: bool) -> Outcome:
 def _noted(chunks: Iterator[Chunk], sent: list[Chunk]) -> Iterator[Chunk]:
     """Pass chunks on, and keep what their results are told with: not the rows."""
     for chunk in chunks:
-        pieces = tuple(dataclasses.replace(piece, records=()) for piece in chunk.pieces)
+        pieces = tuple(dataclasses.replace(piece, data=None) for piece in chunk.pieces)
         sent.append(dataclasses.replace(chunk, pieces=pieces))
         yield chunk
 
@@ -178,8 +178,8 @@ class _Places:
         """Name what was left out, and return the number of the source and the line of each sample: [n, 2]."""
         starts = []
         for piece, lines in zip(chunk.pieces, encoded.lines, strict=True):
-            starts.append(self.before[piece.source])
-            self.before[piece.source] += lines
+            starts.append(self.before[piece.source] if piece.line is None else piece.line)
+            self.before[piece.source] = starts[-1] + lines
         for fault in encoded.faults:
             source = self.sources[chunk.pieces[fault.piece].source]
             outcome.left_out[fault.reason.split(":")[0]] += 1
