@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from setting import LLAMA_25M
 
 from mindspeed_core import megatron
 from mindspeed_core.device import Device
@@ -44,7 +45,6 @@ from mindspeed_core.parallel.data import wrap_data_parallel
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 from mindspeed_train.step import run_batch
 from mindspeed_train.tasks.task import token_loss
-from setting import LLAMA_25M
 
 RESULTS = Path(__file__).parent / "results" / "parallel_cost.md"
 SAMPLES, LENGTH = 8, 256  # of a step, over all ranks

@@ -40,6 +40,7 @@ def _family() -> Any:
             count=4, top_k=2, ffn_hidden_size=16, shared_ffn_hidden_size=24, shared_gate=True, first_dense=1,
             router="noaux_tc", groups=2, topk_groups=1, normalize=True, scaling=2.5, bias=True, bias_update_rate=0.01,
             balance="sequence", aux_loss=0.01, z_loss=0.001,
+            device_loss=0.002, communication_loss=0.003,
         )  # fmt: skip
         return Architecture(**decoder(config), experts=experts)
 
@@ -110,7 +111,7 @@ def test_shared_experts_and_a_bias_that_follows_the_load_are_those_of_one_proces
         trains_everything, world, _everything(where, tmp_path, model, parallel=parallel, experts=experts), timeout=120
     )
     one, split = runs.metrics(folder), runs.metrics(tmp_path)
-    _equal(split, one, "loss", "grad_norm", "aux_loss", "z_loss")
+    _equal(split, one, "loss", "grad_norm", "aux_loss", "device_loss", "communication_loss", "z_loss")
     assert one[0]["aux_loss"] == pytest.approx(1.0, abs=0.2)
     stored, expected = (runs.stored(path / "checkpoints" / "step_5") for path in (tmp_path, folder))
     assert stored.keys() - expected.keys() == {

@@ -213,7 +213,7 @@ def test_the_balance_loss_is_the_formula_of_each_sequence_weighted_by_its_tokens
                 f[expert] += w * COUNT / (2 * own.sum())
         total = total + (f * p).sum() * own.sum()  # type: ignore[operator]
     torch.testing.assert_close(loss, total)
-    assert sums[2].item() == pytest.approx(weights.sum().item())
+    assert sums[-1].item() == pytest.approx(weights.sum().item())
     # the gradient of the loss is that of the likelihoods alone: neither the counts nor the bias pass any on
     (grad,) = torch.autograd.grad(loss, logits)
     (expected,) = torch.autograd.grad(total, logits)
@@ -237,7 +237,33 @@ def test_equal_likelihoods_have_a_balance_loss_of_one():
     logits = torch.zeros(TOKENS, COUNT)
     experts = _experts("aux_loss", aux_loss=1.0)
     _, sums = _losses(route(logits, Setting(experts)), logits, experts, torch.ones(10, 4))
-    assert (sums[0] / sums[2]).item() == pytest.approx(1.0)
+    assert (sums[0] / sums[-1]).item() == pytest.approx(1.0)
+
+
+def test_groups_are_balanced_by_what_they_compute_and_by_what_they_receive():
+    experts = _experts(
+        "group_limited_greedy", groups=2, topk_groups=1, balance="sequence", device_loss=1.0, communication_loss=0.5
+    )
+    logits, weights = _logits(), torch.rand(10, 4)
+    choice = route(logits, Setting(experts))
+    loss, sums = _losses(choice, logits, experts, weights)
+    device = communication = torch.zeros(())
+    size, scores = COUNT // 2, logits.softmax(-1)
+    for row in range(4):
+        own, tokens = weights[:, row], range(row, TOKENS, 4)
+        for group in range(2):
+            members = range(group * size, (group + 1) * size)
+            p = sum(w * scores[t, e] for w, t in zip(own, tokens, strict=True) for e in members) / own.sum()
+            chosen = [[int(e) in members for e in choice.experts[t]] for t in tokens]
+            load = sum(w * sum(hits) for w, hits in zip(own, chosen, strict=True)) / own.sum() / size
+            receives = sum(w * any(hits) for w, hits in zip(own, chosen, strict=True)) / own.sum()
+            device = device + COUNT / 2 * load * p * own.sum()  # two experts of a token
+            communication = communication + 2 / 1 * receives * p * own.sum()  # one group of two
+    torch.testing.assert_close(loss, device + 0.5 * communication)
+    torch.testing.assert_close(sums[1:3], torch.stack([device, communication]).detach())
+    (grad,) = torch.autograd.grad(loss, logits)
+    (expected,) = torch.autograd.grad(device + 0.5 * communication, logits)
+    torch.testing.assert_close(grad, expected)
 
 
 def test_an_attached_loss_gets_its_gradient_whatever_that_of_the_tensor():

@@ -108,5 +108,5 @@ def _everywhere(reports: list[Tensor], terms: Tensor, mesh: Mesh) -> Loss:
     total = torch.cat([total, terms])
     dist.all_reduce(total)
     loss, tokens, positions, *sums, routed = total.tolist()
-    means = {name: value / routed for name, value in zip(TERMS, sums, strict=True)} if routed else {}
+    means = {name: value / routed for name, value in zip(TERMS, sums, strict=True) if value} if routed else {}
     return Loss(loss, round(tokens), round(positions), means)

@@ -17,14 +17,14 @@ from torch import Tensor
 from mindspeed_core.models.family import Experts
 from mindspeed_core.models.router import Choice
 
-TERMS = ("aux_loss", "z_loss")
+TERMS = ("aux_loss", "device_loss", "communication_loss", "z_loss")
 
 
 class Tally:
     """What one layer's router has added up since it was last asked: sums over tokens of each term, and of their weights."""
 
     def __init__(self) -> None:
-        self.sums: Tensor | None = None  # [aux_loss, z_loss, weights]
+        self.sums: Tensor | None = None  # [*TERMS, weights]
 
     def add(self, sums: Tensor) -> None:
         self.sums = sums if self.sums is None else self.sums + sums
@@ -37,11 +37,15 @@ class Tally:
 def losses(
     logits: Tensor, choice: Choice, experts: Experts, weights: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Return (this rank's share of the terms to learn from, [aux_loss, z_loss, weights] summed over its tokens).
+    """Return (this rank's share of the terms to learn from, [*TERMS, weights] summed over its tokens).
 
-    The balance loss of a set of tokens is e / k * sum over experts of f * p, with f the share of choices that fell on the
+    The balance loss of a set of tokens is e / k * sum over experts of f * p, with f the share of tokens that chose the
     expert and p the mean of its likelihood: 1 when all are equal (Fedus et al., 2021). f has no gradient, so the share of
     each rank is a sum over its own tokens, and only counts travel.
+
+    Where a router chooses groups first, which stand on different devices, DeepSeek-V2 (2024, equations 26 to 31) adds two
+    of the same kind over the g groups, with p the sum over the group's experts: e / k * sum of f * p, f the mean of its
+    experts' (the device's load), and g / groups chosen * sum of f * p, f the share of tokens that it receives.
 
     Args:
         logits: fp32 [s * b, e].
@@ -49,21 +53,30 @@ def losses(
         weights: fp32 [s, b], the weight of each token.
         group: the ranks that share these sequences (tensor and context parallel).
     """
-    positions, batch = weights.shape
-    count, k = experts.count, choice.experts.shape[1]
-    hits = torch.zeros_like(logits).scatter_(1, choice.experts, 1.0) * weights.flatten()[:, None]
-    likely = (choice.likelihood * weights.flatten()[:, None]).view(positions, batch, count).sum(0)  # [b, e]
+    count, k, groups = experts.count, choice.experts.shape[1], experts.groups
+    each = weights[..., None]  # [s, b, 1]
+    likely = (choice.likelihood.view(*weights.shape, count) * each).sum(0)  # [b, e]
     with torch.no_grad():
-        seen = torch.cat([hits.view(positions, batch, count).sum(0), weights.sum(0)[:, None]], 1)  # [b, e + 1]
+        hits = torch.zeros_like(logits).scatter_(1, choice.experts, 1.0).view(*weights.shape, count)
+        sent = hits.unflatten(-1, (groups, -1)).amax(-1)
+        seen = (torch.cat([hits, sent, torch.ones_like(each)], -1) * each).sum(0)  # [b, e + g + 1]
         if group.size() > 1:
             dist.all_reduce(seen, group=group)
         if experts.balance == "micro_batch":
             seen = seen.sum(0, keepdim=True)
-        share = seen[:, :-1] / seen[:, -1:].clamp(min=1e-20)
-    aux = count / k * (share * likely).sum()
-    z = (logits.logsumexp(-1).square() * weights.flatten()).sum()
-    sums = torch.stack([aux.detach(), z.detach(), weights.sum()])
-    return experts.aux_loss * aux + experts.z_loss * z, sums
+        share, receives, _ = (seen / seen[:, -1:].clamp(min=1e-20)).split((count, groups, 1), 1)
+        load = share.unflatten(1, (groups, -1)).mean(-1)
+    terms = {
+        "aux_loss": count / k * (share * likely).sum(),
+        "z_loss": (logits.logsumexp(-1).square() * weights.flatten()).sum(),
+    }
+    if groups > 1:
+        by_group = likely.unflatten(1, (groups, -1)).sum(-1)
+        terms["device_loss"] = count / k * (load * by_group).sum()
+        terms["communication_loss"] = groups / experts.topk_groups * (receives * by_group).sum()
+    nothing = logits.new_zeros(())
+    sums = torch.stack([*(terms.get(name, nothing).detach() for name in TERMS), weights.sum()])
+    return sum((getattr(experts, name) * term for name, term in terms.items()), nothing), sums
 
 
 def attach(x: Tensor, loss: Tensor) -> Tensor:
@@ -84,7 +97,7 @@ class _Attach(torch.autograd.Function):
 
 
 def take_terms(chunks: Sequence[Any], device: torch.device) -> Tensor:
-    """Return what the routers of these chunks have added up, [aux_loss, z_loss, weights], and let them forget it.
+    """Return what the routers of these chunks have added up, [*TERMS, weights], and let them forget it.
 
     Divided by the last after a sum over all ranks, each is a mean over tokens and layers.
     """

@@ -20,6 +20,8 @@ class ExpertsConfig(Section):
     router: RouterKind | None = None
     aux_loss: float | None = Field(None, ge=0)  # coefficient of the balance loss
     balance: Balance | None = None  # the tokens it is taken over
+    device_loss: float | None = Field(None, ge=0)  # coefficient of the balance of groups by what their experts compute
+    communication_loss: float | None = Field(None, ge=0)  # ... by the tokens that they receive
     z_loss: float | None = Field(None, ge=0)  # coefficient of the mean of logsumexp(logits)^2
     jitter: float | None = Field(None, ge=0, lt=1)  # random factor on what the router sees
     bias_update_rate: float | None = Field(None, ge=0)  # of the bias of noaux_tc, once per global batch
@@ -31,7 +33,16 @@ class ExpertsConfig(Section):
         """Return the architecture with what this section replaces."""
         if arch.experts is None:
             return arch
-        names = ("router", "aux_loss", "balance", "z_loss", "jitter", "bias_update_rate")
+        names = (
+            "router",
+            "aux_loss",
+            "balance",
+            "device_loss",
+            "communication_loss",
+            "z_loss",
+            "jitter",
+            "bias_update_rate",
+        )
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(arch, experts=dataclasses.replace(arch.experts, **changes))
 
@@ -48,6 +59,9 @@ class ExpertsConfig(Section):
             found.append("experts.router=noaux_tc: needs a bias of each expert, which this model lacks; use aux_loss")
         if experts.router == "sparsemixer" and experts.top_k != 2:
             found.append(f"experts.router=sparsemixer: chooses 2 experts, the model {experts.top_k}; use softmax_topk")
+        for name in ("device_loss", "communication_loss"):
+            if getattr(self, name) and experts.groups == 1:
+                found.append(f"experts.{name}: balances groups of experts, and this model has none; leave it out")
         if self.overlap and not arch.shared_experts:
             found.append(
                 "experts.overlap: needs shared experts to compute meanwhile, which the model lacks; leave it out"

@@ -42,6 +42,8 @@ class Experts:
     bias_update_rate: float = 1e-3
     balance: Balance = "micro_batch"  # over which tokens the balance loss is taken
     aux_loss: float = 0.0  # coefficient of the balance loss
+    device_loss: float = 0.0  # the same, of the load of each group of experts
+    communication_loss: float = 0.0  # the same, of the tokens that go to each group
     z_loss: float = 0.0  # coefficient of mean(logsumexp(logits)^2)
     jitter: float = 0.0  # the router sees its input times a random number in [1 - jitter, 1 + jitter]
 
