@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_core import launch
+from mindspeed_core import launch, launcher
 from mindspeed_core.errors import InputError
 
 # Each rank writes its process id, then does what the command line says; no rank loads torch.
@@ -20,7 +20,7 @@ PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
 import typer
-from mindspeed_core import launch
+from mindspeed_core import launch, launcher
 from mindspeed_core.cli import run
 from mindspeed_core.errors import InputError
 
@@ -174,7 +174,7 @@ def test_a_rank_that_ignores_sigterm_is_killed(start, tmp_path):
     process = start("deaf")
     process.communicate(timeout=60)
     assert process.returncode == 2
-    assert time.monotonic() - begin < launch.GRACE + 15
+    assert time.monotonic() - begin < launcher.GRACE + 15
     assert_gone(tmp_path)
 
 
@@ -266,8 +266,8 @@ def test_under_torchrun_the_ranks_of_a_node_tell_one_failure(monkeypatch, tmp_pa
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / str(rank) / "error.json"))
         assert launch.launched()
-        told.append(not launch.report(2, "error: bad\n"))
-    assert told == [True, False]
+        told.append(launch.report(2, "error: bad\n"))
+    assert told == ["error: bad\n", ""]
     assert launch.rendezvous() == {"init_method": "env://", "rank": 0, "world_size": 2}
 
 
@@ -280,7 +280,7 @@ def test_a_single_process_meets_itself_in_memory(monkeypatch):
 def test_the_command_line_is_what_started_the_process(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "mindspeed_train", "sft", "r.yaml"])
     monkeypatch.setattr(sys, "argv", ["/x/mindspeed_train/__main__.py", "sft", "r.yaml"])
-    assert launch._command_line() == [sys.executable, "-m", "mindspeed_train", "sft", "r.yaml"]
+    assert launcher.command_line() == [sys.executable, "-m", "mindspeed_train", "sft", "r.yaml"]
     monkeypatch.setattr(sys, "argv", ["program.py", "other"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    assert launch._command_line() == [sys.executable, "program.py", "other"]
+    assert launcher.command_line() == [sys.executable, "program.py", "other"]

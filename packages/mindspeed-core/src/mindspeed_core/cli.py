@@ -78,6 +78,7 @@ def command_line(package: str, help: str) -> typer.Typer:
 def run(app: typer.Typer) -> NoReturn:
     """Run a command and exit with its code."""
     launch.bind()
+    launch.listen()
     for name, value in SURROUNDINGS.items():
         os.environ.setdefault(name, value)
     # Megatron and torch warn their developers of what our users cannot mend
@@ -147,7 +148,7 @@ def _failure(error: BaseException) -> int:
     environment = fault_of_environment(error)
     if environment is not None:
         return _tell(2, _lines(environment))
-    return _tell(1, "".join(traceback.format_exception(error)))
+    return _tell(1, "".join(traceback.format_exception(error)), error)
 
 
 def fault_of_environment(error: BaseException) -> str | None:
@@ -193,13 +194,12 @@ def _lines(text: str) -> str:
     return "".join(f"error: {line}\n" for line in text.splitlines() if line.strip())
 
 
-def _tell(code: int, text: str) -> int:
+def _tell(code: int, text: str, error: BaseException | None = None) -> int:
     """Write why the program ends, unless another rank or the launcher does; the code."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
-    if not launch.report(code, text):
-        with suppress(OSError):
-            sys.stderr.write(text)
+    with suppress(OSError):
+        sys.stderr.write(launch.report(code, text, error))
     return code
 
 

@@ -1,48 +1,32 @@
 """Ranks: start our own on this machine, or join the ones that torchrun started.
 
-Our launcher executes the command line again, once per rank, and waits. Rank 0 owns the terminal; the others are silent,
-and what they write to stderr is kept aside until they are the ones that failed. A rank that fails leaves a report
-in the launcher's folder instead of writing it, so that of several ranks one is told. Ranks die with the launcher.
+Of several ranks that fail one is told. A rank of our launcher leaves its report in the launcher's folder instead of
+writing it; under torchrun the first of a node speaks. A rank that is ended because of another one says where it stood.
+Ranks die with the launcher.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mindspeed_core import launcher, standing
 from mindspeed_core.errors import InputError
-
-FOLDER = "MINDSPEED_LAUNCH_FOLDER"  # set for the ranks of our launcher
-LAUNCHER = "MINDSPEED_LAUNCH_PID"
-
-SETTLE = 0.5  # seconds in which the other ranks may tell their side of a failure
-GRACE = 5.0  # seconds from SIGTERM to SIGKILL
-ANSWER = 10.0  # seconds in which rank 0 must notice Ctrl-C; in a collective that never ends it cannot
-AGAIN = 2.0  # a second Ctrl-C within these seconds ends everything at once
-LINGER = 300.0  # seconds the other ranks may go on after rank 0 has finished well
-TAIL = 40  # lines of a dead rank's stderr that are shown
-
-SURROUNDINGS = {
-    "OMP_NUM_THREADS": "1",  # the ranks share the cores
-    "MKL_NUM_THREADS": "1",
-    # Keep freed memory: without it every large tensor is a fresh mmap, 90,000 page faults in a step of a 25M model.
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "67108864",
-}
+from mindspeed_core.launcher import FOLDER, LAUNCHER, SETTLE
+from mindspeed_core.verdict import Ending, Kind, kind_of, verdict
 
 
 def launched() -> bool:
@@ -92,10 +76,12 @@ def run_ranks(main: Callable[[], None], world_size: int) -> None:
                 f"start {world_size} ranks or change the parallel sizes"
             )
         main()
+        if by_us():
+            _left("done").touch()
     elif world_size == 1:
         main()
     else:
-        code = _launch(world_size)
+        code = launcher.launch(world_size)
         if code:
             raise SystemExit(code)
 
@@ -107,7 +93,7 @@ def run_again(arguments: Sequence[str]) -> tuple[int, str]:
     """
     with tempfile.TemporaryFile() as stderr:
         done = subprocess.run(
-            _command_line(arguments),
+            launcher.command_line(arguments),
             env={**os.environ, LAUNCHER: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -120,17 +106,17 @@ def run_again(arguments: Sequence[str]) -> tuple[int, str]:
 
 def bind() -> None:
     """Tie this process to the launcher that started it, if one did: it dies when the launcher dies. Repeatable."""
-    launcher = os.environ.get(LAUNCHER)
-    if launcher is None:
+    parent = os.environ.get(LAUNCHER)
+    if parent is None:
         return
     if not _own_rank():
-        if not _alive(int(launcher)):
+        if not _alive(int(parent)):
             os._exit(1)  # an orphan: the launcher died before this line
         return  # a command that a rank started: not a rank itself
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     else:
-        threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
+        threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
     if not _own_rank():
         os._exit(1)
     if FOLDER not in os.environ:
@@ -144,20 +130,77 @@ def bind() -> None:
             signal.signal(signal.SIGINT, _interrupted)
 
 
-def report(code: int, text: str) -> bool:
-    """Hand in why this rank ends. True when it will be told by another process, False when it is ours to write."""
+def listen() -> None:
+    """Let this rank say where it stands before SIGTERM ends it, as it does when another rank has failed.
+
+    In a collective the main thread is inside C++ and runs no handler, but the signal reaches a pipe, and a thread reads it.
+    """
+    if not launched() or threading.current_thread() is not threading.main_thread():
+        return
+    faulthandler.enable(all_threads=False)  # a rank that crashes shows in which function
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    signal.signal(signal.SIGTERM, _heard)
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_as_before)
+    threading.Thread(target=_answer, args=(hears, threading.get_ident()), daemon=True).start()
+
+
+def report(code: int, text: str, error: BaseException | None = None) -> str:
+    """Hand in why this rank ends; return what is left for this process to write."""
     if not launched():
-        return False
-    if _own_rank():
-        file = Path(os.environ[FOLDER]) / f"report-{_number('RANK')}"
-        try:
-            aside = file.with_suffix(".new")
-            aside.write_text(json.dumps({"code": code, "text": text}))
-            aside.rename(file)
-        except OSError:  # a full disk must not hide the error
-            return False
-        return True
-    return not _first_of_torchrun()
+        return text
+    stood = None if error is None else standing.of_error(error)
+    kind: Kind = "interrupted" if code == 130 else kind_of(error, stood) if code == 1 else "input"
+    ending = Ending(rank=_number("RANK"), kind=kind, code=code, text=text, standing=stood)
+    if not by_us():
+        return verdict([ending])[1] if _first_of_torchrun() else ""
+    told = {**vars(ending), "standing": stood and asdict(stood)}
+    del told["rank"]
+    try:
+        _leave("report", told)
+    except OSError:  # a full disk must not hide the error
+        return text
+    return ""
+
+
+def _heard(number: int, frame: Any) -> None:
+    """Nothing: the thread that reads the pipe does it all."""
+
+
+def _as_before() -> None:
+    """A forked process would write into the pipe of its parent."""
+    if signal.getsignal(signal.SIGTERM) is _heard:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _answer(hears: int, main: int) -> None:
+    """Wait for SIGTERM, say where the thread `main` stands, and end the process."""
+    while signal.SIGTERM not in os.read(hears, 64):
+        pass
+    stood = standing.of_process(main)
+    if not stood.waits:
+        time.sleep(SETTLE)  # a failure of its own may be on its way to be told
+    with suppress(OSError):
+        if by_us():
+            _leave("standing", asdict(stood))
+        elif _first_of_torchrun() or not stood.waits:  # one of those that waited speaks for all
+            verb = "waited" if stood.waits else "stood"
+            sys.stderr.write(f"error: rank {_number('RANK')} was ended by SIGTERM; it {verb} {stood}\n")
+            sys.stderr.flush()
+    os._exit(128 + signal.SIGTERM)
+
+
+def _left(name: str) -> Path:
+    """What this rank leaves for its launcher to read."""
+    return Path(os.environ[FOLDER]) / f"{name}-{_number('RANK')}"
+
+
+def _leave(name: str, values: dict[str, Any]) -> None:
+    aside = _left(f"new-{name}")
+    aside.write_text(json.dumps(values))
+    aside.rename(_left(name))
 
 
 def _own_rank() -> bool:
@@ -208,225 +251,3 @@ def _number(name: str) -> int:
             f"the environment variable {name} must be a whole number, not {os.environ.get(name)!r}; "
             "start the ranks with torchrun, or unset RANK and WORLD_SIZE"
         ) from None
-
-
-# --------------------------------------------------------------------------------------------------- the launcher
-
-
-@dataclass
-class _Rank:
-    """A rank as its launcher sees it."""
-
-    rank: int
-    process: subprocess.Popen[bytes]
-    folder: Path
-    stopped: bool = False  # ended by us, so its ending says nothing
-    reported: float | None = None  # when its report was first seen while it still ran
-    ended: float | None = None
-    outcome: tuple[int, str] | None = field(default=None)  # (exit code, what to tell), once known
-
-    def look(self) -> None:
-        """Note what has become of the process."""
-        if self.ended is None and self.process.poll() is not None:
-            self.ended = time.monotonic()
-        if self.outcome is None and not self.stopped:
-            self.outcome = self._report()
-            if self.outcome is not None:
-                self.reported = time.monotonic()
-            elif self.ended is not None and self.process.returncode != 0:
-                self.outcome = self._silent_death(self.process.returncode)
-
-    def _report(self) -> tuple[int, str] | None:
-        file = self.folder / f"report-{self.rank}"
-        if not file.exists():
-            return None
-        told = json.loads(file.read_text())
-        text = told["text"]
-        return told["code"], f"rank {self.rank} failed:\n{text}" if told["code"] == 1 else text
-
-    def _silent_death(self, code: int) -> tuple[int, str]:
-        if code == -signal.SIGINT:
-            return 130, "interrupted\n"
-        if code < 0:
-            name = signal.Signals(-code).name
-            if -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
-                mend = "; somebody ended it or the machine ran out of memory (see the system log)"
-                return 2, f"error: rank {self.rank} was killed by {name}{mend}\n"
-            return 1, f"{self._stderr()}error: rank {self.rank} was killed by {name}\n"
-        return 1, f"{self._stderr()}error: rank {self.rank} ended with exit code {code} and gave no reason\n"
-
-    def _stderr(self) -> str:
-        file = self.folder / f"stderr-{self.rank}"
-        if not file.exists():
-            return ""  # rank 0 wrote to the terminal
-        lines = file.read_text(errors="replace").splitlines()[-TAIL:]
-        return "".join(f"rank {self.rank}: {line}\n" for line in lines)
-
-
-def _launch(world_size: int) -> int:
-    """Start the ranks, wait for them, tell one failure; the exit code."""
-    folder = Path(tempfile.mkdtemp(prefix="mindspeed-ranks-"))
-    ranks: list[_Rank] = []
-    try:
-        for rank in range(world_size):
-            ranks.append(_start(rank, world_size, folder))
-        return _supervise(ranks)
-    finally:
-        for rank in ranks:
-            if rank.process.poll() is None:
-                rank.process.kill()
-            rank.process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _start(rank: int, world_size: int, folder: Path) -> _Rank:
-    environment = {**SURROUNDINGS, **os.environ}
-    environment.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
-    )
-    environment.update({FOLDER: str(folder), LAUNCHER: str(os.getpid())})
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
-    line = _command_line()
-    if rank == 0:
-        return _Rank(rank, subprocess.Popen(line, env=environment), folder)
-    with open(folder / f"stderr-{rank}", "wb") as stderr:
-        silent = subprocess.DEVNULL
-        return _Rank(rank, subprocess.Popen(line, env=environment, stdin=silent, stdout=silent, stderr=stderr), folder)
-
-
-def _command_line(replaced: Sequence[str] | None = None) -> list[str]:
-    """The command that started this process; `sys.argv` counts where a caller has changed it.
-
-    With `replaced`: the same program with these arguments.
-    """
-    arguments = sys.argv[1:]
-    wanted = arguments if replaced is None else list(replaced)
-    before = len(sys.orig_argv) - len(arguments)
-    if sys.orig_argv[before:] == arguments:
-        return [sys.executable, *sys.orig_argv[1:before], *wanted]
-    spec = sys.modules["__main__"].__spec__
-    if spec is not None:
-        return [sys.executable, "-m", spec.name.removesuffix(".__main__"), *wanted]
-    return [sys.executable, sys.argv[0], *wanted]
-
-
-def _supervise(ranks: list[_Rank]) -> int:
-    """Wait for all ranks; when one fails or the user interrupts, end the rest. The exit code."""
-    interrupted: float | None = None  # Ctrl-C that rank 0 has not noticed yet
-    previous = float("-inf")
-    finished: float | None = None
-    noticed = ranks[0].folder / "noticed"
-    with _signals() as next_signal:
-        while True:
-            received, typed = next_signal()
-            now = time.monotonic()
-            for rank in ranks:
-                rank.look()
-
-            if received == signal.SIGTERM:
-                _stop(ranks)
-                sys.stderr.write("terminated\n")
-                sys.stderr.flush()
-                return 128 + signal.SIGTERM
-            if received == signal.SIGINT:
-                if now - previous < AGAIN:
-                    return _interrupt(ranks)
-                interrupted = previous = now
-                noticed.unlink(missing_ok=True)
-                if not typed and ranks[0].ended is None:
-                    ranks[0].process.send_signal(signal.SIGINT)
-            if noticed.exists():
-                interrupted = None
-            if interrupted is not None and now - interrupted > ANSWER:
-                return _interrupt(ranks)
-
-            failed = [rank for rank in ranks if rank.outcome is not None]
-            if failed:
-                _hear_the_others(ranks)
-                _stop(ranks)
-                return _tell(ranks)
-            if all(rank.ended is not None for rank in ranks):
-                return 0
-            if ranks[0].ended is not None:
-                finished = finished or now
-                if now - finished > LINGER:
-                    late = [rank.rank for rank in ranks if rank.ended is None]
-                    _stop(ranks)
-                    sys.stderr.write(f"error: rank 0 is done but ranks {late} went on for {LINGER:.0f} s; stopped\n")
-                    return 1
-
-
-def _hear_the_others(ranks: list[_Rank]) -> None:
-    """The victims of a failure often tell theirs first: give the rank that caused it the time to tell its own."""
-    end = time.monotonic() + SETTLE
-    while time.monotonic() < end and any(rank.outcome is None and rank.ended is None for rank in ranks):
-        time.sleep(0.02)
-        for rank in ranks:
-            rank.look()
-
-
-def _stop(ranks: list[_Rank]) -> None:
-    """End every rank that still runs: SIGTERM, and SIGKILL after a grace period."""
-    running = [rank for rank in ranks if rank.process.poll() is None]
-    for rank in running:
-        rank.stopped = rank.outcome is None
-        rank.process.terminate()
-    end = time.monotonic() + GRACE
-    for rank in running:
-        try:
-            rank.process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            rank.process.kill()
-            rank.process.wait()
-
-
-def _interrupt(ranks: list[_Rank]) -> int:
-    _stop(ranks)
-    sys.stderr.write("interrupted\n")
-    return 130
-
-
-def _tell(ranks: list[_Rank]) -> int:
-    """Write the one failure that matters; its exit code."""
-    outcomes = [(rank.ended or float("inf"), *rank.outcome) for rank in ranks if rank.outcome is not None]
-    _, code, text = min(outcomes, key=lambda outcome: (_weight(outcome[1], outcome[2]), outcome[0]))
-    sys.stderr.write(text)
-    sys.stderr.flush()
-    return code
-
-
-def _weight(code: int, text: str) -> int:
-    """Smaller is nearer to the cause: Ctrl-C, a killed rank, bad input, our fault, the echo of a peer's death."""
-    if code == 130:
-        return 0
-    if "was killed by" in text:
-        return 1
-    if code == 2:
-        return 2
-    return 4 if any(sign in text for sign in ("by peer", "Broken pipe", "Connection refused")) else 3
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], tuple[int | None, bool]]]:
-    """A function that waits a moment for SIGINT or SIGTERM: (signal or None, typed at the terminal).
-
-    Ctrl-C at a terminal reaches rank 0 by itself; a SIGINT sent to the launcher alone has to be passed on. The kernel
-    tells the two apart.
-    """
-    if not hasattr(signal, "sigtimedwait"):  # not on macOS: KeyboardInterrupt ends the launcher, and the ranks with it
-        yield lambda: (time.sleep(0.1), (None, False))[1]
-        return
-    watched = {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD}
-
-    def next_signal() -> tuple[int | None, bool]:
-        info = signal.sigtimedwait(watched, 0.2)
-        if info is None or info.si_signo == signal.SIGCHLD:
-            return None, False
-        return info.si_signo, info.si_code > 0  # SI_KERNEL; SI_USER and the like are not above zero
-
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    try:
-        yield next_signal
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

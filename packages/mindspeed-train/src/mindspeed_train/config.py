@@ -111,13 +111,14 @@ class BatchConfig(Section):
 
 
 class TrainConfig(Section):
-    """Section `train`: how long, from which seed, and how often the loss on other data is looked at."""
+    """Section `train`: how long, from which seed, how often the loss on other data is looked at, how patient ranks are."""
 
     steps: int = Field(ge=1)  # optimizer steps of the whole run
     seed: int = Field(1234, ge=0)  # of random weights and of the order of samples
     deterministic: bool = False  # the same bits on every run, on accelerators too
     eval_every: int = Field(0, ge=0)  # steps between evaluations, the first before training; 0: none
     eval_steps: int = Field(0, ge=0)  # global batches of one evaluation; 0: the whole validation data once
+    timeout: float = Field(1800.0, ge=1, le=7 * 24 * 3600)  # seconds a rank waits for the others before the run ends
 
 
 class CheckpointConfig(Section):

@@ -46,7 +46,7 @@ class Trainer:
         self.folder = recipe.checkpoint.folder
         self.checkpoints = self.folder / "checkpoints"
         self.device = Device.open(recipe.device, deterministic=recipe.train.deterministic)
-        self.mesh = Mesh.create(recipe.parallel, self.device, seed=recipe.train.seed)
+        self.mesh = Mesh.create(recipe.parallel, self.device, seed=recipe.train.seed, timeout=recipe.train.timeout)
         self.model = find_model(recipe)
         self._lock: int | None = None
         if self.mesh.is_main:
@@ -123,6 +123,18 @@ class Trainer:
             return f"{step}; nothing was saved yet, the same command starts again"
         return f"{step}; the same command continues after step {self.saved}"
 
+    def stands(self, function: str) -> str:
+        """Say how far the run is, in one of its functions; told of a rank when the job fails."""
+        progress: Progress | None = vars(self).get("progress")
+        if progress is None or function == "__init__":
+            return "at the start of the run"
+        places = {
+            "save": f"while step {progress.step} was saved",
+            "evaluate": f"in the evaluation after step {progress.step}",
+            "close": "at the end of the run",
+        }
+        return places.get(function, f"in step {progress.step + 1}")
+
     def close(self) -> None:
         """Give back the process groups and the folder."""
         self.mesh.close()
@@ -144,12 +156,12 @@ class Trainer:
                 f"step {step}: the loss is {loss.mean:.4g} and the norm of its gradient {grad_norm:.4g}: the run has diverged. "
                 f"Lower optim.lr (now {lr:.3g}) or lengthen optim.warmup. It stopped {self.how_to_continue()}"
             )
+        self.device.synchronize()
         self.progress = Progress(
             step=step,
             samples=self.progress.samples + self.recipe.batch.total,
             tokens=self.progress.tokens + loss.tokens,
         )
-        self.device.synchronize()
         if meter:
             meter.step(
                 {

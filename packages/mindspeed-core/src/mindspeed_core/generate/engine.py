@@ -88,8 +88,7 @@ class Engine:
         checkpoint = open_checkpoint(Path(path), config=config)
         owns_mesh = mesh is None
         if mesh is None:
-            parallel = ParallelConfig(tp=tp, pp=pp)
-            mesh = Mesh.create(parallel, Device.open(device), timeout=PATIENCE.total_seconds())
+            mesh = Mesh.create(ParallelConfig(tp=tp, pp=pp), Device.open(device))
         precision = dtype or _own_precision(checkpoint)
         (model,) = build_model(checkpoint.architecture, mesh, precision=precision)
         load_weights([model], checkpoint.tensors, checkpoint.family, checkpoint.architecture, mesh)

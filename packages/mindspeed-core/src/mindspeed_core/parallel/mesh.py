@@ -183,6 +183,7 @@ class Mesh:
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+        minutes: Any = timeout / 60  # megatron asks for whole ones, and takes any
         parallel_state.initialize_model_parallel(
             config.tp,
             config.pp,
@@ -190,7 +191,7 @@ class Mesh:
             context_parallel_size=config.cp,
             expert_model_parallel_size=config.ep,
             expert_tensor_parallel_size=config.etp,
-            distributed_timeout_minutes=max(1, round(timeout / 60)),
+            distributed_timeout_minutes=minutes,
             create_gloo_process_groups=False,
         )
         device.seed(seed)

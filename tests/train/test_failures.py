@@ -1,0 +1,233 @@
+"""A rank dies, hangs or goes its own way: the job ends soon, says which one and what the others waited for, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mindspeed_core.checkpoint import native
+from mindspeed_core.errors import InputError
+from tests.harness import ROOT, RankError, run_command, run_ranks
+from tests.train import runs
+
+TIMEOUT = 6  # seconds a rank waits for the others
+SOON = 40  # seconds from the accident to the end, on a machine that does much else
+START = 240  # seconds to come so far
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+Hurt = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture
+def hurt(where: Path, tmp_path: Path) -> Iterator[Hurt]:
+    """Run a recipe on two ranks, one of which meets an accident; nothing of it may stay."""
+    with tempfile.TemporaryDirectory() as aside:
+
+        def run(accident: str, *overrides: str, launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+            recipe = tmp_path / "recipe.yaml"
+            sections = {"train": {"steps": 3}, "checkpoint": {"every": 1}}
+            recipe.write_text(json.dumps(runs.values(where, tmp_path / "run", **sections)))
+            line = [*(launcher or []), "-m", "tests.train.accident", "pretrain", str(recipe), *overrides]
+            note = tmp_path / "accident"
+            environment = {**os.environ, "ACCIDENT": f"{accident},{note}", "TMPDIR": aside}
+            done = subprocess.run(
+                [sys.executable, *line],
+                capture_output=True,
+                text=True,
+                timeout=START,
+                env=environment,
+                cwd=ROOT,
+                check=False,
+            )
+            assert time.time() - note.stat().st_mtime < SOON, done.stderr
+            return done
+
+        yield run
+        assert not [process.pid for process in psutil.process_iter() if _environment(process).get("TMPDIR") == aside]
+        assert list(Path(aside).glob("mindspeed-*")) == []
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+KILLED = (
+    r"error: rank 1 was killed by SIGKILL; somebody ended it or the machine ran out of memory \(see the system log\)"
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "waited"),
+    [
+        ("tp", r"all_reduce of tp \(ranks 0, 1\) at \w+\.py:\d+, in step \d"),
+        ("pp", r"\w+ of pp \(ranks 0, 1\) at p2p_communication\.py:\d+, in step \d"),
+        ("dp", r"all_reduce of dp x cp \(ranks 0, 1\) at \w+\.py:\d+, in step \d"),
+    ],
+)
+def test_a_rank_that_is_killed_in_a_step_is_named_and_so_is_what_the_others_waited_for(
+    layout: str, waited: str, hurt: Hurt
+) -> None:
+    done = hurt("kill,loss,1", f"parallel.{layout}=2")
+    assert done.returncode == 2
+    assert re.fullmatch(f"{KILLED}; rank 0 waited in {waited}", done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("accident", "code", "told"),
+    [
+        (
+            "leave,loss,1",
+            1,
+            r"error: rank 1 ended before its work was done, with exit code 0 and gave no reason; rank 0 waited in .*",
+        ),
+        ("crash,loss,1", 1, r"error: rank 1 was killed by SIGSEGV; rank 0 waited in .*"),
+        (
+            "leave,start,0",
+            1,
+            r"error: rank 0 ended before its work was done, with exit code 0 .*; rank 1 waited in .*, at the start of the run",
+        ),
+    ],
+)
+def test_a_rank_that_leaves_without_a_word_is_named(accident: str, code: int, told: str, hurt: Hurt) -> None:
+    done = hurt(accident, "parallel.tp=2")
+    assert done.returncode == code
+    assert re.fullmatch(told, done.stderr.splitlines()[-1]), done.stderr
+
+
+def test_an_error_on_one_rank_is_told_with_what_the_other_waited_for(hurt: Hurt) -> None:
+    done = hurt("fail,loss,1", "parallel.pp=2")
+    assert done.returncode == 1
+    first, *_, last = re.split(r"\n", done.stderr[done.stderr.index("rank 1") :].rstrip())
+    assert re.fullmatch(
+        r"rank 1 failed in step \d; rank 0 waited in \w+ of pp \(ranks 0, 1\) at .*, in step \d:", first
+    )
+    assert last == "ValueError: an accident"
+    assert done.stderr.count("Traceback") == 1
+
+
+def test_a_rank_that_hangs_is_named_and_where_it_stands(hurt: Hurt) -> None:
+    done = hurt("hang,loss,1", "parallel.tp=2", f"train.timeout={TIMEOUT}")
+    assert done.returncode == 2
+    told = (
+        r"error: rank 1 did not come: it stood in hang \(accident\.py:\d+\), in step \d; rank 0 waited 6 s in all_reduce of "
+        r"tp \(ranks 0, 1\) at \w+\.py:\d+, in step \d\. .* \(train\.timeout of a recipe\)"
+    )
+    assert re.fullmatch(told, done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_rank_that_skips_a_collective_is_told_from_one_that_hangs(hurt: Hurt) -> None:
+    done = hurt("skip,sum,1", "parallel.tp=2", f"train.timeout={TIMEOUT}")
+    assert done.returncode == 1
+    told = r"error: the ranks are out of step: rank \d waited 6 s in .*; rank \d waited in .*"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert re.fullmatch(told, lines[0])
+    assert "in all_reduce of all ranks" in lines[0]
+
+
+def test_a_rank_that_is_killed_while_it_saves_leaves_the_checkpoint_before(hurt: Hurt, tmp_path: Path) -> None:
+    done = hurt("kill,save,1", "parallel.dp=2", "optim.distributed=true")
+    assert done.returncode == 2
+    waited = r"rank 0 waited in all_gather_object of all ranks at native\.py:\d+, while step 2 was saved"
+    assert re.fullmatch(f"{KILLED}; {waited}", done.stderr.splitlines()[-1]), done.stderr
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert native.latest(checkpoints) == checkpoints / "step_1"
+    again = run_command("mindspeed-train", "pretrain", tmp_path / "recipe.yaml")
+    assert again.returncode == 0, again.stderr
+    assert "continuing after step 1 of 3" in again.stderr
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_2", "step_3"]
+    assert [line["step"] for line in runs.metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_under_torchrun_those_that_are_left_say_what_they_waited_for(hurt: Hurt) -> None:
+    done = hurt("kill,loss,1", "parallel.tp=2", launcher=TORCHRUN)
+    assert done.returncode == 1
+    assert (
+        len(re.findall(r"^error: rank 0 .* in all_reduce of tp \(ranks 0, 1\) at .*$", done.stderr, flags=re.MULTILINE))
+        == 1
+    )
+    assert "Signal 9 (SIGKILL)" in done.stderr  # torchrun's own report
+
+
+def test_under_torchrun_a_rank_that_hangs_says_where_it_stands(hurt: Hurt) -> None:
+    done = hurt("hang,loss,1", "parallel.tp=2", f"train.timeout={TIMEOUT}", launcher=TORCHRUN)
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 2, done.stderr
+    assert re.fullmatch(
+        r"error: rank 0 waited 6 s in all_reduce of tp \(ranks 0, 1\) at .*, and not every rank came", told[0]
+    )
+    assert re.fullmatch(
+        r"error: rank 1 was ended by SIGTERM; it stood in hang \(accident\.py:\d+\), in step \d", told[1]
+    )
+
+
+def _skips(recipe: dict[str, Any]) -> None:
+    """One rank of a run in which the second layer hands on its input, and uses none of its weights."""
+    from mindspeed_train.config import Recipe
+    from mindspeed_train.tasks import TASKS
+    from mindspeed_train.trainer import Trainer
+
+    trainer = Trainer(Recipe.model_validate(recipe), TASKS["pretrain"])
+    (chunk,) = trainer.chunks
+    chunk.module.decoder.layers[1].forward = lambda hidden_states, **_: (hidden_states, None)
+    trainer.train()
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("layout", "optim"),
+    [
+        ({"dp": 2}, {}),
+        ({"dp": 2}, {"distributed": True}),
+        ({"dp": 2}, {"distributed": True, "fused_accumulation": False}),
+        ({"tp": 2}, {}),
+    ],
+    ids=["dp", "distributed", "apart", "tp"],
+)
+def test_weights_that_nothing_uses_end_as_in_one_process(
+    layout: dict[str, int], optim: dict[str, bool], where: Path, tmp_path: Path
+) -> None:
+    one, split = (runs.values(where, tmp_path / name, train={"steps": 3}) for name in ("one", "split"))
+    split |= {"parallel": layout, "optim": {**split["optim"], **optim}}
+    run_ranks(_skips, 1, one)
+    run_ranks(_skips, 2, split)
+    for name in ("loss", "grad_norm"):
+        found, expected = ([line[name] for line in runs.metrics(tmp_path / run)] for run in ("split", "one"))
+        assert found == pytest.approx(expected, rel=1e-5), name
+    whole = runs.stored(tmp_path / "one" / "checkpoints" / "step_3")
+    unused = [key for key in whole if "decoder.layers.1." in key and "exp_avg." in key]
+    assert unused
+    assert not any(whole[key].any() for key in unused)
+    for key, tensor in runs.stored(tmp_path / "split" / "checkpoints" / "step_3").items():
+        if not key.startswith("random."):
+            assert (tensor - whole[key]).abs().max() <= 1e-3 * whole[key].abs().max(), key
+
+
+def test_weights_that_nothing_uses_are_named_where_sums_wait_for_them(where: Path, tmp_path: Path) -> None:
+    optim = {"distributed": True, "overlap_grad_reduce": True}
+    recipe = runs.values(where, tmp_path / "run", parallel={"dp": 2}, optim=optim)
+    with pytest.raises(RankError, match=r"made none of decoder\.layers\.1\.[^;]*; set it to false") as caught:
+        run_ranks(_skips, 2, recipe)
+    assert isinstance(caught.value.error, InputError)
