@@ -36,7 +36,7 @@ from setting import LLAMA_25M
 
 from mindspeed_core import megatron
 from mindspeed_core.device import Device
-from mindspeed_core.launch import SURROUNDINGS
+from mindspeed_core.launcher import SURROUNDINGS
 from mindspeed_core.models.build import DTYPES, build_model
 from mindspeed_core.models.families.llama import LLAMA
 from mindspeed_core.models.weights import load_weights, random_tensors

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from mindspeed_core.launch import SURROUNDINGS
+from mindspeed_core.launcher import SURROUNDINGS
 
 LLAMA_25M: dict[str, Any] = {
     "hidden_size": 384,

@@ -1,8 +1,8 @@
 """One training step of ours beside a plain transformers + AdamW loop: same model, batch, dtype, process and thread.
 
     python benchmarks/train_step.py                    both dtypes, medians over interleaved rounds
-    python benchmarks/train_step.py --profile          where the time of our step goes
-    python benchmarks/train_step.py --write            also into benchmarks/results/train_step.md
+    python benchmarks/train_step.py --profile          where the time of a step of either side goes
+    python benchmarks/train_step.py --write            both, also into benchmarks/results/train_step.md
 
 Peer: `transformers.LlamaForCausalLM` (SDPA), `torch.optim.AdamW` as it comes, `clip_grad_norm_`. In bf16 the peer's
 weights, moments and gradients are bf16; ours keep fp32 masters, moments and gradients besides, as training needs them.
@@ -33,6 +33,7 @@ from mindspeed_core.parallel.data import wrap_data_parallel
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 
 RESULTS = Path(__file__).parent / "results" / "train_step.md"
+OPERATORS = 12  # rows of a profile
 SIZES = {"25m": LLAMA_25M}
 
 
@@ -136,16 +137,23 @@ def measure(size: str, precision: str, mesh: Mesh, *, batch: int, length: int, r
     }
 
 
-def profile(size: str, precision: str, mesh: Mesh, *, batch: int, length: int) -> str:
-    """Return the operators that take the most time of one of our steps."""
+def profile(size: str, precision: str, mesh: Mesh, *, batch: int, length: int) -> list[str]:
+    """Return a table of the operators that take the most time of a step of either side, in milliseconds."""
     torch.manual_seed(0)
     reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES[size], tie_word_embeddings=False))
-    ours = Ours(reference, precision, mesh)
     tokens = torch.randint(0, SIZES[size]["vocab_size"], (batch, length))
-    ours.step(tokens)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-        ours.step(tokens)
-    return recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=40)
+    spent: list[dict[str, float]] = []
+    for side in (Peer(reference, DTYPES[precision]), Ours(reference, precision, mesh)):
+        side.step(tokens)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+            side.step(tokens)
+        spent.append({event.key: event.self_cpu_time_total / 1e3 for event in recorded.key_averages()})
+    peer, ours = spent
+    heaviest = sorted(peer.keys() | ours.keys(), key=lambda name: -max(peer.get(name, 0.0), ours.get(name, 0.0)))
+    whole = [("all", sum(peer.values()), sum(ours.values()))]
+    each = [(f"`{name}`", peer.get(name, 0.0), ours.get(name, 0.0)) for name in heaviest[:OPERATORS]]
+    lines = [f"| {precision}, ms of one step | transformers + AdamW | ours |", "|---|---|---|"]
+    return lines + [f"| {name} | {theirs:.0f} | {mine:.0f} |" for name, theirs, mine in whole + each]
 
 
 def main() -> None:
@@ -167,9 +175,13 @@ def main() -> None:
         "| dtype | transformers + AdamW, tokens/s | ours, tokens/s | ratio (median of paired rounds) |",
         "|---|---|---|---|",
     ]
+    spent: list[str] = []
     for precision in args.precision or ["fp32", "bf16"]:
+        if args.profile or args.write:
+            rows = profile(args.size, precision, mesh, batch=args.batch, length=args.length)
+            print("\n".join(rows), flush=True)
+            spent += ["", *rows]
         if args.profile:
-            print(precision, profile(args.size, precision, mesh, batch=args.batch, length=args.length), sep="\n")
             continue
         found = measure(args.size, precision, mesh, batch=args.batch, length=args.length, rounds=args.rounds)
         lines.append(f"| {precision} | {found['peer']:.0f} | {found['ours']:.0f} | {found['ratio']:.2f} |")
@@ -183,7 +195,7 @@ def main() -> None:
             "over rounds in which both sides ran back to back.\n\n"
         )
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(about + "\n".join(lines) + "\n")
+        RESULTS.write_text(about + "\n".join(lines) + "\n\n## Where the time goes\n" + "\n".join(spent) + "\n")
 
 
 if __name__ == "__main__":
