@@ -20,6 +20,7 @@ for _name, _value in {
 
 ROOT = Path(__file__).resolve().parents[1]
 CI = os.environ.get("CI", "").lower() in ("1", "true")
+collect_ignore = ["ascend"]  # asked for by name, in an environment of its own: `hatch run ascend:test`
 MATERIAL = {"shared_data", "smollm2", "chromium"}  # fixtures that skip where their material is missing
 
 

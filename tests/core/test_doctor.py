@@ -57,6 +57,24 @@ def test_torch_and_torch_npu_must_be_of_the_same_release(installed, tmp_path, to
     assert len(problems) == (0 if fits else 1)
 
 
+@pytest.mark.parametrize(
+    ("release", "number", "fits"),
+    [
+        ("2.9.1", "8.3.RC1", False),
+        ("2.9.1", "8.5.0", True),
+        ("2.8.0.post5", "8.3.RC1", True),
+        ("2.14.0", "8.5.0", True),
+    ],
+)
+def test_cann_must_not_be_older_than_torch_npu_asks_for(installed, tmp_path, release, number, fits):
+    (tmp_path / "version.cfg").write_text(f"[version]\nrunning_version=[{number}]\n")
+    problems = installed(
+        {"torch": release.partition(".post")[0], "torch-npu": release}, {"ASCEND_HOME_PATH": str(tmp_path)}
+    )
+    assert [problem for problem in problems if "needs CANN 8.5, not 8.3.RC1" in problem] == problems
+    assert len(problems) == (0 if fits else 1)
+
+
 def test_torch_npu_without_cann_is_told_with_the_way_out(installed):
     (problem,) = installed({"torch": "2.13.0", "torch-npu": "2.13.0"})
     assert "CANN is not set up" in problem

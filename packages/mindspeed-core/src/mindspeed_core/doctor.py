@@ -21,6 +21,16 @@ from typing import Any
 OURS = ("core", "data", "convert", "train", "eval", "serve")
 OTHERS = ("torch", "torch-npu", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
 TIMEOUT = 180.0  # seconds for one trial; the first import after an installation is slow
+# the oldest CANN that the torch_npu of a release of torch runs on, by the table in torch_npu's README
+OLDEST_CANN = {
+    "2.6": (8, 2),
+    "2.7": (8, 3),
+    "2.8": (8, 3),
+    "2.9": (8, 5),
+    "2.10": (8, 5),
+    "2.11": (8, 5),
+    "2.12": (8, 5),
+}
 
 
 @dataclass
@@ -138,6 +148,14 @@ def _check_cann(findings: Findings) -> None:
             "torch_npu is installed, but CANN is not set up in this shell",
             "source CANN's set_env.sh (often /usr/local/Ascend/ascend-toolkit/set_env.sh), or pip uninstall torch-npu: "
             "without CANN it keeps torch from being imported",
+        )
+    release = ".".join(findings.versions.get("torch-npu", "").split(".")[:2])
+    oldest, found = OLDEST_CANN.get(release), re.match(r"(\d+)\.(\d+)", findings.cann.get("cann", ""))
+    if oldest is not None and found is not None and (int(found[1]), int(found[2])) < oldest:
+        wanted = ".".join(map(str, oldest))
+        findings.problem(
+            f"torch_npu {findings.versions['torch-npu']} needs CANN {wanted}, not {findings.cann['cann']}",
+            f"install CANN {wanted} or newer, or the torch and torch_npu of an older release",
         )
     if "npu driver" in findings.cann and "torch-npu" not in findings.versions:
         findings.problem(

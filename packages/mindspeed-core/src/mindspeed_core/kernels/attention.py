@@ -44,6 +44,7 @@ def reference(
     return out.permute(2, 0, 1, 3)
 
 
+WIDEST = 768  # an NPU attends with heads of at most this width
 BLOCKS = 4  # of query rows: more skip more of the empty triangle, fewer make larger products
 LONGEST = 512  # the probabilities kept for the backward pass grow with the square of the length
 
@@ -146,6 +147,7 @@ def npu(
     segments: Segments | None = None,
 ) -> Tensor:
     """Attention by `npu_fusion_attention` in layout SBH; its masks are True where a key is hidden."""
+    check(q, k, v)
     if segments is not None:
         return _npu_documents(q, k, v, scale, segments)
     s, t = q.shape[0], k.shape[0]
@@ -181,6 +183,16 @@ def _npu_documents(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segm
         actual_seq_kvlen=ends,
     )[0]
     return out.unflatten(0, (b, s)).transpose(0, 1)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise on what the NPU's attention operators take without a word."""
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    assert q.dtype == k.dtype == v.dtype, f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}"
+    assert k.shape[:3] == v.shape[:3], f"keys and values differ: {shapes}"
+    assert q.shape[1] == k.shape[1], f"q, k, v have other rows: {shapes}"
+    assert q.shape[2] % k.shape[2] == 0, f"groups do not divide heads: {shapes}"
+    assert v.shape[3] <= k.shape[3] == q.shape[3] <= WIDEST, f"heads do not fit: {shapes}"
 
 
 @cache

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_core.kernels import matmul
-from mindspeed_core.kernels.attention import triangle
+from mindspeed_core.kernels.attention import check, triangle
 from mindspeed_core.kernels.segments import Segments
 
 ROWS = 256  # queries whose scores exist at once
@@ -276,6 +276,7 @@ def _npu(
     segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """By `npu_fusion_attention`, whose maxima and sums [b, n, s, 8] (TND: [total, n, 8]) hold each number eight times."""
+    check(q, k, v)
     s, b, n, _ = q.shape
     call = _npu_call(q, k, causal, mask, segments)
     out, peak, total = torch.ops.npu.npu_fusion_attention(

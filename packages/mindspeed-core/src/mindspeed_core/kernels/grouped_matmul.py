@@ -30,6 +30,9 @@ def cpu(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 
 def npu(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """As `reference`, all experts in one kernel."""
+    assert sum(counts) == len(x), f"{sum(counts)} rows of experts, {len(x)} rows"
+    assert len(counts) == len(weights), f"rows of {len(counts)} experts for {len(weights)} weights"
+    assert {weight.shape for weight in weights} == {(weights[0].shape[0], x.shape[1])}, "experts of different widths"
     return _Npu.apply(tuple(counts), x, *weights)
 
 

@@ -51,6 +51,7 @@ def npu(tokens: Tensor, experts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """As `reference`, in one kernel; it takes every pair."""
     if rows < experts.numel():
         return reference(tokens, experts, rows)
+    assert len(experts) == len(tokens), f"experts of {len(experts)} tokens for {len(tokens)}"
     return torch.ops.npu.npu_moe_token_permute(tokens, experts, rows)
 
 
@@ -58,6 +59,7 @@ def npu_back(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """As `reference_back`, in one kernel; it takes every place to be a row."""
     if len(rows) < len(places):
         return reference_back(rows, places, weights)
+    assert weights.numel() == len(places), f"{weights.numel()} weights for {len(places)} places"
     return torch.ops.npu.npu_moe_token_unpermute(rows, places, weights.to(rows.dtype))
 
 

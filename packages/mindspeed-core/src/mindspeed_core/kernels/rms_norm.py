@@ -60,4 +60,5 @@ def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 def npu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference`; `npu_rms_norm` also returns the reciprocal root, which its own backward uses."""
+    assert weight.shape == x.shape[-1:], f"a norm of {tuple(weight.shape)} for {tuple(x.shape)}"
     return torch.ops.npu.npu_rms_norm(x, weight, eps)[0]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WIDEST = 896  # an NPU turns heads narrower than this
+
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x [s, b, n, d] turned by the angles whose cosine and sine are [s, b or 1, 1, d]."""
@@ -41,5 +43,7 @@ class _Turn(torch.autograd.Function):
 
 def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `reference`; the kernel broadcasts only over the leading dimensions it knows, so b is written out."""
+    assert x.shape[-1] % 2 == 0, f"the halves of {tuple(x.shape)} differ in width"
+    assert x.shape[-1] < WIDEST, f"heads of {x.shape[-1]} are wider than the operator turns"
     shape = (*x.shape[:2], 1, x.shape[-1])
     return torch.ops.npu.npu_rotary_mul(x, cos.expand(shape), sin.expand(shape), "half")
