@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from mindspeed_core.conversation import IGNORED
+from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data import sidecar
 from mindspeed_data.indexed import IndexedDataset
+from mindspeed_data.instruction import InstructionSamples
 from mindspeed_data.process_reward import Marks, process_rewards
 from tests.data.command import data, written
 from tests.tiny import tiny_tokenizer
@@ -48,6 +50,8 @@ def test_a_label_stands_at_every_placeholder(tokenizer: Path, tmp_path: Path, fo
     assert (known.kind, known.learned) == ("process_reward", 2)
     assert [known.placeholder, *(known.rewards or [])] == [loaded.id_of(text) for text in "@+-"]
     assert data("verify", prefix).returncode == 0
+    with pytest.raises(InputError, match="holds the worth of steps, not answers"):
+        InstructionSamples(prefix)
     assert "q\nx «@→+»\ny «@→-»\n" in data("show", prefix).stdout
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mindspeed_core.tokenizer import Tokenizer
+from mindspeed_data import sidecar
+from mindspeed_data.indexed import IndexedDataset
+from mindspeed_data.packing import best_fit
+from tests.data.command import data
 from tests.harness import run_ranks
 from tests.train import runs
 
@@ -29,17 +36,42 @@ def _values(where: Path, run: Path, task: str, model: dict[str, Any], **sections
     return {**runs.values(where, run, task, **sections), "model": model}
 
 
+@pytest.fixture(scope="session")
+def talk(where: Path) -> Path:
+    """Conversations of up to four turns, from the command: every answer ends with EOS, and some texts hold one inside."""
+    words = ["the quick", "brown fox", "jumps over", "a lazy<|endoftext|>dog", "once upon a time", "there was"]
+    rows: list[dict[str, Any]] = []
+    for i in range(24):
+        turns = [(words[(i + j) % 6], words[(i * j + 5) % 6]) for j in range(1 + i % 4)]
+        messages = [
+            ({"from": "human", "value": ask}, {"from": "gpt", "value": f"{answer}<|endoftext|>"})
+            for ask, answer in turns
+        ]
+        rows.append({"conversations": [message for turn in messages for message in turn]})
+    (where / "talk.json").write_text(json.dumps(rows))
+    command = ["sft", where / "talk.json", "--format", "sharegpt", "--template", "empty"]
+    run = data(*command, "--tokenizer", where / "tokenizer", "--output", where / "talk")
+    assert run.returncode == 0, run.stderr
+    ids = IndexedDataset(sidecar.files_of(where / "talk")["input_ids"])
+    eos = Tokenizer.load(where / "tokenizer").eos
+    assert max(int((ids[i] == eos).sum()) for i in range(len(ids))) > 4, "EOS within samples is what this is about"
+    assert len(best_fit(np.minimum(ids.lengths, 64) - 1, 64)) < len(ids) / 1.5
+    return where / "talk"
+
+
 @pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("kind", ["single turns", "conversations"])
 def test_packing_leaves_the_loss_of_fine_tuning_as_it_is(
-    micro: int, model: dict[str, Any], where: Path, tmp_path: Path
+    kind: str, micro: int, model: dict[str, Any], where: Path, talk: Path, tmp_path: Path
 ) -> None:
+    valid = {"single turns": where / "chat_valid", "conversations": talk}[kind]
     found = []
     for pack in (False, True):
         # the loss of the weights the run starts from, over all of the validation data
         sections = {
             "batch": {"micro": micro, "global": 8},
             "train": {"steps": 1, "eval_every": 1},
-            "data": {"pack": pack},
+            "data": {"pack": pack, "valid": str(valid)},
         }
         lines = runs.train(_values(where, tmp_path / str(pack), "sft", model, **sections), "sft")
         found.append(next(line["valid_loss"] for line in lines if line["step"] == 0))
@@ -49,13 +81,12 @@ def test_packing_leaves_the_loss_of_fine_tuning_as_it_is(
 def test_a_packed_step_has_the_gradient_of_its_samples(model: dict[str, Any], where: Path, tmp_path: Path) -> None:
     """One step over the whole data set, packed and not: the same samples, so the same gradient."""
     from mindspeed_data.instruction import InstructionSamples
-    from mindspeed_data.packing import best_fit
 
-    data = InstructionSamples(where / "chat", seq_length=64)
-    sequences = len(best_fit(data.lengths, 64))
-    assert sequences < len(data) / 1.5, "it has to pack something to prove something"
+    samples = InstructionSamples(where / "chat", seq_length=64)
+    sequences = len(best_fit(samples.lengths, 64))
+    assert sequences < len(samples) / 1.5, "it has to pack something to prove something"
     lines = {}
-    for pack, total in ((False, len(data)), (True, sequences)):
+    for pack, total in ((False, len(samples)), (True, sequences)):
         sections = {"batch": {"micro": 1, "global": total}, "train": {"steps": 1}, "data": {"pack": pack}}
         lines[pack] = runs.train(_values(where, tmp_path / str(pack), "sft", model, **sections), "sft")[0]
     assert lines[True]["tokens"] == lines[False]["tokens"]

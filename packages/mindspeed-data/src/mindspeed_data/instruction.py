@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError
+from mindspeed_data import sidecar
 from mindspeed_data.indexed import IndexedDataset, path_of
 from mindspeed_data.sidecar import INSTRUCTION, instruction_prefix
 
@@ -25,6 +26,9 @@ class InstructionSamples:
 
     def __init__(self, prefix: str | Path, *, seq_length: int | None = None) -> None:
         self.prefix = instruction_prefix(prefix)
+        known = sidecar.read(prefix)
+        if known is not None and known.kind != "instruction":
+            raise InputError(f"{self.prefix}: holds the worth of steps, not answers; write answers with mindspeed-data sft")
         self._ids = IndexedDataset(f"{self.prefix}{INSTRUCTION['input_ids']}")
         self._labels = IndexedDataset(f"{self.prefix}{INSTRUCTION['labels']}")
         self._seq_length = seq_length
