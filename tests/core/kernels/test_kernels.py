@@ -16,6 +16,7 @@ from mindspeed_core.kernels import (
     KernelConfig,
     attention,
     cross_entropy,
+    embedding,
     matmul,
     matmul_add,
     rms_norm,
@@ -267,6 +268,24 @@ def test_gradients_of_weights_are_added_to_main_grad(dtype: torch.dtype, monkeyp
     matmul.cpu(x, weight).backward(grad)  # the next micro batch
     assert weight.grad is None
     torch.testing.assert_close(weight.main_grad, before + plain.float() + plain.float(), rtol=0, atol=1e-6 * 200)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_an_embedding_are_added_to_main_grad(dtype: torch.dtype):
+    tokens = torch.tensor([[3, 0, 3], [5, 3, 0]])
+    weight: Any = torch.randn(7, 4, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, 3, 4, dtype=dtype)
+    exact = weight.detach().float().requires_grad_()
+    embedding.reference(tokens, exact).backward(grad.float())
+    assert torch.equal(embedding.accumulating(tokens, weight), weight[tokens])
+    plain = torch.autograd.grad(embedding.accumulating(tokens, weight), weight, grad)[0]
+    torch.testing.assert_close(plain.float(), exact.grad, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    before = torch.randn(7, 4)
+    weight.main_grad = before.clone()
+    for _micro_batch in range(2):
+        embedding.accumulating(tokens, weight).backward(grad)
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad, before + 2 * exact.grad, rtol=0, atol=1e-5)
 
 
 def test_onednn_is_taken_only_where_it_is_exact(monkeypatch: pytest.MonkeyPatch):

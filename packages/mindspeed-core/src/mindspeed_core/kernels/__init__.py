@@ -15,6 +15,7 @@ from mindspeed_core.kernels import (
     attention,
     attention_block,
     cross_entropy,
+    embedding,
     grouped_matmul,
     matmul,
     permute,
@@ -40,9 +41,10 @@ class KernelConfig(Section):
     swiglu: Choice = "auto"
     rotary: Choice = "auto"
     matmul: Choice = "auto"
+    embedding: Choice = "auto"
     grouped_matmul: Choice = "auto"  # the products of experts
     permute: Choice = "auto"  # sorting tokens by expert
-    cross_entropy_chunk: int = Field(256, ge=0)  # tokens whose logits exist at once; 0 keeps all of them
+    cross_entropy_chunk: int = Field(1024, ge=0)  # tokens whose logits exist at once; 0 keeps all of them
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Kernels:
     matmul: Callable[[Tensor, Tensor], Tensor] = matmul.native
     grouped_matmul: grouped_matmul.GroupedMatmul = grouped_matmul.reference
     permute: permute.Permutation = permute.REFERENCE
-    cross_entropy_chunk: int = 256
+    embedding: Callable[[Tensor, Tensor], Tensor] = embedding.reference
+    cross_entropy_chunk: int = 1024
     collectives: Collectives | None = None  # products beside a collective; None: one after the other
 
 
@@ -68,6 +71,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "rotary": {"reference": rotary.reference, "cpu": rotary.cpu, "npu": rotary.npu},
     "matmul": {"reference": matmul.native, "cpu": matmul.cpu, "npu": matmul.npu},
     "grouped_matmul": {"reference": grouped_matmul.reference, "cpu": grouped_matmul.cpu, "npu": grouped_matmul.npu},
+    "embedding": {"reference": embedding.reference, "cpu": embedding.accumulating},
     "permute": {"reference": permute.REFERENCE, "npu": permute.NPU},
 }
 

@@ -38,7 +38,7 @@ def chunked(
     *,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
-    chunk: int = 256,
+    chunk: int = 1024,
     product: Product = matmul.native,
     wide: bool = False,
 ) -> Tensor:
@@ -79,8 +79,7 @@ class _Chunked(torch.autograd.Function):
         real = min(rows, max(0, vocab_size - first))  # rows of this rank that are no padding
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # fp32: the sum over chunks would lose the small terms in bf16
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        grad_weight = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # a few tokens at a time stay in the cache from their logits to their gradients; a collective is for all of them
         few = max(1, CACHED // rows) if group is None and hidden.device.type == "cpu" else chunk
@@ -94,6 +93,8 @@ class _Chunked(torch.autograd.Function):
                 grad_hidden[part] = product(logits, weight.T)
             if grad_weight is not None:
                 matmul.accumulate(grad_weight, logits, x, product)
+            elif need_weight:
+                grad_weight = product(logits.T, x.T).float()  # the sum over chunks would lose the small terms in bf16
         ctx.dtype, ctx.into = weight.dtype, into
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -21,6 +20,7 @@ from mindspeed_core.kernels.segments import Segments
 from mindspeed_core.memory.recompute import Block
 from mindspeed_core.models import balance, rope
 from mindspeed_core.models.attention import AttentionPlan, Cache
+from mindspeed_core.models.embedding import Embedding
 from mindspeed_core.models.expert_config import ExpertsConfig
 from mindspeed_core.models.family import Architecture
 from mindspeed_core.models.layer import block_spec
@@ -60,9 +60,7 @@ class LanguageModel(LanguageModule):
         self.rope_inverse: Tensor
         self.register_buffer("rope_inverse", inverse, persistent=False)
         if first:
-            self.embedding = LanguageModelEmbedding(
-                config, padded_vocab, arch.max_positions, position_embedding_type="rope", tp_group=pg_collection.tp
-            )
+            self.embedding = Embedding(config, padded_vocab, kernels=kernels, tp_group=pg_collection.tp)
         self.decoder = Block(
             config,
             block_spec(arch, kernels, layers, groups=pg_collection, experts=experts or ExpertsConfig()),
@@ -170,7 +168,7 @@ class LanguageModel(LanguageModule):
             plan = AttentionPlan(cos, sin, context=across)
         else:
             plan = AttentionPlan(cos, sin, mask, cache, None if segments is None else Segments.of(segments))
-        hidden = self.embedding(tokens, positions) if self.pre_process else None
+        hidden = self.embedding(tokens) if self.pre_process else None
         routed = None if weights is None or self.arch.experts is None else self._own(weights)
         # what Megatron calls `padding_mask` goes unread to where the experts are chosen
         out: Any = self.decoder(hidden, attention_mask=None, packed_seq_params=plan, padding_mask=routed)
