@@ -55,6 +55,20 @@ def test_a_model_goes_to_megatron_and_back(source: Path, tmp_path: Path) -> None
     assert (same.returncode, same.stdout) == (0, "equal\n")
 
 
+def test_a_mixture_of_experts_comes_back_byte_for_byte_and_is_no_megatron_folder_yet(tmp_path: Path) -> None:
+    from tests.core.models.tiny import hf_model
+
+    folder = tmp_path / "mixtral"
+    hf_model("mixtral").save_pretrained(folder)
+    back = convert("hf", folder, tmp_path / "back")
+    assert back.returncode == 0, back.stderr
+    assert contents(tmp_path / "back") == contents(folder)
+    refused = convert("mcore", folder, tmp_path / "megatron")
+    assert refused.returncode == 2
+    assert "experts" in refused.stderr
+    assert not (tmp_path / "megatron").exists()
+
+
 @pytest.mark.real_data
 def test_a_real_model_comes_back_byte_for_byte(shared_data: Path, tmp_path: Path) -> None:
     stories = shared_data / "models" / "stories260k_hf"

@@ -44,9 +44,10 @@ class _Rows(VocabParallelEmbedding):
         super().__init__(*args, **kwargs)
         self.kernel = kernels.embedding
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        if self.tp_group.size() == 1:
-            return self.kernel(tokens, self.weight)
-        own = tokens - self.vocab_start_index
+    def forward(self, input_: Tensor) -> Tensor:
+        group: Any = self.tp_group
+        if group.size() == 1:
+            return self.kernel(input_, self.weight)
+        own = input_ - self.vocab_start_index
         elsewhere = (own < 0) | (own >= self.num_embeddings_per_partition)
         return self.kernel(own.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[..., None], 0.0)
