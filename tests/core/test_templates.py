@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ from mindspeed_core.conversation import IGNORED, Labelled
 from mindspeed_core.errors import InputError
 from mindspeed_core.templates import TEMPLATES, template
 from mindspeed_core.tokenizer import Tokenizer
+from tests.letters import Letters
 from tests.tiny import tiny_tokenizer
 
 TURNS = [
@@ -147,29 +147,6 @@ WITH_TOOLS = {
     '{"rain": true}\n</tool_response><|assistant|>\n<think></think>[[\nYes.</s>]]',
 }
 
-SPECIALS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|system|>")
-SPECIALS += ("<|observation|>", "[gMASK]", "sop", "<end_of_turn>", "<reserved_106>", "<|start|>", "<|end|>")
-
-
-class Letters:
-    """Stands for a tokenizer: one id per character, special tokens whole."""
-
-    folder = Path("letters")
-    bos, eos = 0xE001, 0xE002
-    specials = MappingProxyType({name: 0xE001 + i for i, name in enumerate(SPECIALS)})
-
-    def id_of(self, token: str) -> int | None:
-        return self.specials.get(token)
-
-    def encode(self, text: str) -> list[int]:
-        for token, id in self.specials.items():
-            text = text.replace(token, chr(id))
-        return list(map(ord, text))
-
-    def decode(self, ids: list[int]) -> str:
-        names = {id: token for token, id in self.specials.items()}
-        return "".join(names.get(i, chr(i)) for i in ids)
-
 
 def written(labelled: Labelled, tokenizer: Any) -> str:
     """A conversation in the notation of WRITTEN."""
@@ -284,10 +261,10 @@ def test_what_is_learned_can_be_chosen() -> None:
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("name", ["qwen", "chatml", "qwen3"])
+@pytest.mark.parametrize("name", ["qwen", "chatml", "chatml_de", "qwen_math_r1", "qwen3"])
 @pytest.mark.parametrize("turns", [1, 3])
 def test_prompts_equal_the_tokenizers_own_template(qwen3: Tokenizer, name: str, turns: int) -> None:
-    for messages in [[SYSTEM, *TURNS[:turns]], *([TURNS[:turns]] if name != "qwen" else [])]:
+    for messages in [[SYSTEM, *TURNS[:turns]], *([] if name in DEFAULT_SYSTEMS else [TURNS[:turns]])]:
         theirs = qwen3.hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert TEMPLATES[name].prompt(qwen3, messages) == theirs
         assert template(None).prompt(qwen3, messages) == theirs

@@ -1,15 +1,24 @@
 """Rows of conversations: what becomes of them, and why some become nothing."""
 
+import contextlib
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mindspeed_core.templates import TEMPLATES
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data import sidecar
 from mindspeed_data.conversations import CONVERSATIONS, Conversation
+from mindspeed_data.pairwise import PAIRS
+from mindspeed_data.process_reward import Marks, process_rewards
 from tests.data.command import data, written
+from tests.letters import Letters
 from tests.tiny import tiny_tokenizer
 
 CALL = {"name": "search", "arguments": {"q": "fox"}}
@@ -142,6 +151,24 @@ BAD = [  # what a row holds, and why it is left out
         {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
         "wrong role: message 1 calls functions and is from user",
     ),
+    (
+        "openai",
+        {"messages": [{"role": "assistant", "tool_calls": True}]},
+        "tool_calls is true or false, not a list: message 1",
+    ),
+]
+NAMES = sorted({name for format in CONVERSATIONS.values() for name in format.keys.values()} | {"chosen", "rejected"})
+NAMES += [
+    "name",
+    "arguments",
+    "parameters",
+    "properties",
+    "function",
+    "value",
+    "completions",
+    "labels",
+    "label",
+    "prompt",
 ]
 GOOD = {
     "alpaca": {"instruction": "a", "output": "b"},
@@ -252,3 +279,67 @@ def test_the_originals_key_map_is_understood(tokenizer: Path, tmp_path: Path) ->
     run = data(*command, "--map-keys", keys, "--output", tmp_path / "x")
     assert run.returncode == 0, run.stderr
     assert written(tmp_path / "x", Tokenizer.load(tokenizer)) == ["a[[b]]"]
+
+
+TEXTS = st.sampled_from(
+    ["", " ", "a", "{", "[]", "human", "gpt", "function_call", "tool", "+", "x ки", "\ud800", json.dumps(CALL)]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*NAMES, "b"]), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+WITH_TOOLS = {
+    "conversations": [
+        turn("human", "a"),
+        turn("function_call", json.dumps(CALL)),
+        turn("observation", "o"),
+        turn("gpt", "b"),
+    ],
+    "tools": [{"name": "x", "parameters": {"properties": {"q": {"type": "string", "enum": ["a"]}}, "required": ["q"]}}],
+    "messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": CALL}]},
+        {"role": "tool", "content": "o"},
+        {"role": "assistant", "content": "b"},
+    ],
+    "instruction": "a",
+    "output": "b",
+    "history": [["c", "d"]],
+    "system": "s",
+    "chosen": turn("gpt", "b"),
+    "rejected": turn("gpt", "c"),
+    "input": "x ки",
+    "value": ["+"],
+    "label": "x +",
+    "prompt": "q",
+    "completions": ["x"],
+    "labels": [True],
+}
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every list or object within a value, with each of its indices or keys."""
+    if isinstance(value, list | dict):
+        for key in range(len(value)) if isinstance(value, list) else list(value):
+            yield value, key
+            yield from places(value[key])
+
+
+@given(st.data(), st.sampled_from(["qwen", "qwen3", "glm4_moe", "llama2"]))
+@settings(max_examples=300, deadline=None)
+def test_any_row_is_read_or_left_out_with_a_reason(draws: st.DataObject, template: str) -> None:
+    """Whatever JSON stands anywhere in a row, it becomes a sample or a ValueError, and a sample ids or a ValueError."""
+    record = draws.draw(st.dictionaries(st.sampled_from(NAMES), JSON) | st.builds(copy.deepcopy, st.just(WITH_TOOLS)))
+    for _ in range(draws.draw(st.integers(0, 2)) if record else 0):
+        holder, key = draws.draw(st.sampled_from(list(places(record))))
+        holder[key] = draws.draw(JSON)
+    for format in (*CONVERSATIONS.values(), *PAIRS.values(), *process_rewards(Marks()).values()):
+        if format.missing(record, format.keys):
+            continue
+        with contextlib.suppress(ValueError):
+            sample = format.read(record, format.keys)
+            if isinstance(sample, Conversation):
+                TEMPLATES[template].encode(Letters(), sample.messages, sample.system, sample.tools)

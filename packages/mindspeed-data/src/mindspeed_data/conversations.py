@@ -93,6 +93,8 @@ def message(row: Any, keys: Keys, place: str) -> Message:
     content = string(row, content_key)
     calls = row.get(keys["calls_tag"]) if "calls_tag" in keys else None
     if calls:
+        if not isinstance(calls, list):
+            raise ValueError(f"{keys['calls_tag']} is {kind_of(calls)}, not a list: {place}")
         if role != "assistant":
             raise ValueError(f"wrong role: {place} calls functions and is from {row[role_key]}")
         return {"role": "function", "content": content, "calls": [_openai_call(call, place) for call in calls]}

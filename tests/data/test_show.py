@@ -1,0 +1,74 @@
+"""Samples as text: what is learned is coloured or within « », and every sample says where it came from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data.command import data
+from tests.tiny import tiny_tokenizer
+
+QUESTION = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def answers(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three answers from two files, and a row between them that is none."""
+    folder = tmp_path_factory.mktemp("answers")
+    rows = [json.dumps({"instruction": "a", "output": answer}) for answer in ("b", "", "c")]
+    (folder / "1.jsonl").write_text("\n".join(rows))
+    (folder / "2.json").write_text(f"[\n\n{rows[2]}]")
+    inputs = [folder / "1.jsonl", folder / "2.json"]
+    run = data("sft", *inputs, "--tokenizer", tokenizer, "--template", "chatml", "--output", folder / "x")
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def test_what_is_learned_is_marked_and_every_sample_says_where_it_came_from(answers: Path) -> None:
+    size = len(data("show", answers / "x", "-n", 1).stdout)
+    run = data("show", answers / "x")
+    assert run.stdout.startswith(f"--- sample 0 of 3, from {answers}/1.jsonl:1\n")
+    assert f"{QUESTION}«b<|im_end|>»\n--- sample 1 of 3, from {answers}/1.jsonl:3\n" in run.stdout
+    assert run.stdout.endswith(f"{QUESTION}«c<|im_end|>»\n")
+    assert f"--- sample 2 of 3, from {answers}/2.json:3\n" in run.stdout
+    assert 0 < size < len(run.stdout)
+    (second,) = [part for part in run.stdout.split("--- ") if part.startswith("sample 1")]
+    assert data("show", answers / "x", "--start", 1, "-n", 1).stdout == f"--- {second}"
+
+
+def test_it_is_coloured_on_a_terminal(tokenizer: Path, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = {"instruction": "a", "chosen": "b", "rejected": "c"}
+    (answers / "pairs.json").write_text(json.dumps([pair]))
+    command = ["pairwise", answers / "pairs.json", "--tokenizer", tokenizer, "--template", "chatml"]
+    assert data(*command, "--output", answers / "pairs").returncode == 0
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[1;32mb<|im_end|>\x1b[0m" in data("show", answers / "x").stdout
+    shown = data("show", answers / "pairs").stdout
+    assert "\x1b[1;32mb<|im_end|>\x1b[0m" in shown
+    assert "\x1b[1;31mc<|im_end|>\x1b[0m" in shown
+    assert "«" not in shown
+
+
+def test_text_says_its_file_and_its_line(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the fox\nthe dog\n")
+    for options, lines in (([], ["a.txt"]), (["--per-line"], ["a.txt:1", "a.txt:2"])):
+        command = ["pretrain", tmp_path / "a.txt", "--tokenizer", tokenizer, "--output", tmp_path / "t", "--overwrite"]
+        assert data(*command, *options).returncode == 0
+        heads = [line for line in data("show", tmp_path / "t").stdout.splitlines() if line.startswith("---")]
+        count = len(lines)
+        assert heads == [f"--- sample {i} of {count}, from {tmp_path}/{line}" for i, line in enumerate(lines)]
+
+
+def test_data_of_others_says_nothing_of_where_it_came_from(tokenizer: Path, answers: Path, tmp_path: Path) -> None:
+    for path in answers.glob("x_packed_*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    run = data("show", tmp_path / "x", "--tokenizer", tokenizer, "-n", 1)
+    assert run.stdout.splitlines()[0] == "--- sample 0 of 3"
+    assert "which tokenizer made it; name it with --tokenizer" in data("show", tmp_path / "x").stderr
