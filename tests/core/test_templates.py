@@ -186,6 +186,11 @@ def test_a_conversation_is_written_as_its_model_knows_it(name: str) -> None:
     assert prompt == unmarked(expected)
 
 
+def test_the_documentation_names_every_template() -> None:
+    page = (Path(__file__).parents[2] / "docs/conversations.md").read_text()
+    assert {name for name in TEMPLATES if f"`{name}`" not in page} == set()
+
+
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_the_default_system_text_stands_where_none_is_given(name: str) -> None:
     tokenizer = Letters()

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import Tokenizer
-from mindspeed_data import sidecar
+from mindspeed_data import readers, sidecar
 from mindspeed_data.indexed import IndexedDataset
 from tests.data.command import data, written
 from tests.tiny import tiny_tokenizer
@@ -153,8 +154,6 @@ def test_pairs_are_told_apart_from_other_data(tokenizer: Path, tmp_path: Path) -
     prefix = make(tmp_path, tokenizer, [GOOD["alpaca"]], "--template", "chatml")
     for name in ("x", "x_packed", "x_packed_chosen_labels_document", "x_packed_rejected_input_ids_document.idx"):
         assert sidecar.pairwise_prefix(tmp_path / name) == prefix
-    from mindspeed_core.errors import InputError
-
     with pytest.raises(InputError, match="this is pairs of answers; train on it with pairwise"):
         sidecar.text_prefix(prefix)
     with pytest.raises(InputError, match="this is pairs of answers; make instruction data with sft"):
@@ -162,3 +161,25 @@ def test_pairs_are_told_apart_from_other_data(tokenizer: Path, tmp_path: Path) -
     (tmp_path / "sft.json").write_text(json.dumps([{"instruction": "a", "output": "b"}]))
     command = ["sft", tmp_path / "sft.json", "--tokenizer", tokenizer, "--template", "chatml", "--output", prefix]
     assert "x_packed.meta.json: exists already" in data(*command).stderr
+
+
+@pytest.mark.parametrize("task", ["sft", "pairwise", "prm"])
+def test_any_number_of_workers_writes_the_same_bytes(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """Templates, formats and their marks travel to the workers."""
+    rows = [
+        {**GOOD["alpaca"], "output": "b", "input": "x@y@" * (i % 5), "value": ["+", "-"] * (i % 5)} for i in range(60)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(readers, "CHUNK", 500)
+    options = ["--placeholder", "@"] if task == "prm" else ["--template", "qwen3", "--thinking", "learn"]
+    command = [task, tmp_path / "in.jsonl", "--tokenizer", tokenizer, *options]
+    found = []
+    for workers in (1, 2):
+        (tmp_path / str(workers)).mkdir()
+        run = data(*command, "--workers", workers, "--output", tmp_path / str(workers) / "x")
+        assert run.returncode == 0, run.stderr
+        found.append({path.name: path.read_bytes() for path in (tmp_path / str(workers)).iterdir()})
+    assert found[0] == found[1]
+    assert len(found[0]) > 6

@@ -11,6 +11,7 @@ from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError
 from mindspeed_data import sidecar
 from mindspeed_data.indexed import IndexedDataset, path_of
+from mindspeed_data.journal import digest
 from mindspeed_data.sidecar import Sidecar
 
 BLOCK = 1 << 22  # ids that are looked at together
@@ -25,16 +26,34 @@ def verify(prefix: Path) -> str:
     if not faults:
         faults = [fault for data in of_ids for fault in _faults_of_ids(data, known)]
         faults += _faults_beside(files, known)
+        faults += _faults_of_packing(files, known)
     data, tokens = of_ids[0], sum(data.tokens for data in of_ids)
-    if known is not None and (len(data), tokens) != (known.kept, known.tokens):
-        faults.append(
-            f"{prefix}: holds {len(data):,} samples and {tokens:,} tokens, "
-            f"its description says {known.kept:,} and {known.tokens:,}"
-        )
+    if known is not None and not faults:
+        faults += _faults_of_description(prefix, known, len(data), tokens)
     if faults:
         raise InputError("\n".join(faults))
     longest = max(int(data.lengths.max(initial=0)) for data in of_ids)
+    if known is not None and known.packed is not None:
+        share = known.tokens / max(tokens, 1)
+        return f"{prefix}: sound; {known.kept:,} samples in {len(data):,} sequences of {known.packed:,}, {share:.2%} filled"
     return f"{prefix}: sound; {len(data):,} samples, {tokens:,} tokens, longest {longest:,}, {data.dtype.name}"
+
+
+def _faults_of_description(prefix: Path, known: Sidecar, sequences: int, tokens: int) -> Iterator[str]:
+    """Faults of counts and hashes."""
+    expected = (known.kept, known.tokens)
+    if known.packed is not None:
+        expected = (known.sequences, (known.sequences or 0) * known.packed)
+    if (sequences, tokens) != expected:
+        said = f"{expected[0]:,} and {expected[1]:,}"
+        yield f"{prefix}: holds {sequences:,} samples and {tokens:,} tokens, its description says {said}"
+    folder = sidecar.beside(prefix, "").parent
+    for name, told in known.files.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path}: missing; write the data again"
+        elif digest(path) != told["sha256"]:
+            yield f"{path}: was changed since it was written: its hash is another one"
 
 
 def _faults_of_index(data: IndexedDataset) -> Iterator[str]:
@@ -79,13 +98,31 @@ def _faults_beside(files: dict[str, IndexedDataset], known: Sidecar | None) -> I
             yield from _faults_of_labels(ids, data, known)
 
 
+def _faults_of_packing(files: dict[str, IndexedDataset], known: Sidecar | None) -> Iterator[str]:
+    """The samples of a packed sequence are numbered from 1, and what is behind them is 0."""
+    if known is None or known.packed is None:
+        return
+    mask = files["attention_mask"]
+    for i in range(len(mask)):
+        numbers = mask[i]
+        samples = numbers[: int(np.count_nonzero(numbers))]
+        if not (
+            len(numbers) == known.packed
+            and len(samples)
+            and samples[0] == 1
+            and np.isin(np.diff(samples), (0, 1)).all()
+        ):
+            yield f"{path_of(mask.prefix, '.bin')}: sequence {i} does not number its samples from 1"
+            return
+
+
 def _faults_of_labels(ids: IndexedDataset, labels: IndexedDataset, known: Sidecar | None) -> Iterator[str]:
     allowed = None if known is None else known.stand_ins
     for i in range(len(ids)):
         learned = labels[i] != IGNORED
         others = set(labels[i][learned & (labels[i] != ids[i])].tolist())
-        if allowed is None:  # others wrote it: one token may stand for the end of answers
-            allowed = others or None
+        if allowed is None and len(others) == 1:  # others wrote it: one token may stand for the end of answers
+            allowed = others
         if not others <= (allowed or set()):
             yield f"{path_of(labels.prefix, '.bin')}: sample {i} has a label that is not the id beside it"
             return
