@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mindspeed_core.conversation import Labelled, Learn, Message, Tools, Turn, answered, asked, labelled, split
+from mindspeed_core.conversation import (
+    Labelled,
+    Learn,
+    Message,
+    Tools,
+    Turn,
+    check_answered,
+    check_asked,
+    labelled,
+    split,
+)
 from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import Tokenizer
 
@@ -60,7 +70,7 @@ class TokenizerTemplate:
     ) -> list[Turn]:
         """Return the ids of each question and its answer."""
         system, messages = split(messages, system)
-        answered(messages)
+        check_answered(messages)
         whole = self._render(tokenizer, messages, system, tools)
         spans = [
             (
@@ -97,7 +107,7 @@ class TokenizerTemplate:
         """Return the ids after which the model writes the next answer; the last message is the question."""
         self.check(tokenizer)
         system, messages = split(messages, system)
-        asked(messages)
+        check_asked(messages)
         return tokenizer.encode(self._render(tokenizer, messages, system, tools, prompt=True))
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:

@@ -40,13 +40,13 @@ def split(messages: Sequence[Message], system: str | None = None) -> tuple[str |
     return system, list(messages[first:])
 
 
-def answered(messages: Sequence[Message]) -> None:
+def check_answered(messages: Sequence[Message]) -> None:
     """Refuse a conversation whose last message is not an answer."""
     if len(messages) % 2:
         raise ValueError("the last message is not an answer")
 
 
-def asked(messages: Sequence[Message]) -> None:
+def check_asked(messages: Sequence[Message]) -> None:
     """Refuse a conversation whose last message is not a question."""
     if len(messages) % 2 == 0:
         raise ValueError("the last message is not a question")

@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mindspeed_core.chat_template import TokenizerTemplate
-from mindspeed_core.conversation import Labelled, Learn, Message, Tools, Turn, answered, asked, labelled, split
+from mindspeed_core.conversation import (
+    Labelled,
+    Learn,
+    Message,
+    Tools,
+    Turn,
+    check_answered,
+    check_asked,
+    labelled,
+    split,
+)
 from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import Tokenizer
 
@@ -90,7 +100,7 @@ class Template:
     replace_eos: bool = False
     system_in_user: bool = False
     thought: Thought | None = None
-    thinking: bool | None = None  # True: empty thoughts are learned, too; False: all thoughts are left out
+    thinking: bool | None = None  # thoughts stay; True: empty ones are learned, too; False: all are left out
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Refuse a tokenizer that lacks a token of this template."""
@@ -148,7 +158,7 @@ class Template:
     ) -> list[Turn]:
         """Return the ids of each question and its answer; `history`: all but the last are what was said before."""
         system, messages = split(messages, system)
-        answered(messages)
+        check_answered(messages)
         turns = []
         for i in range(0, len(messages), 2):
             question = self._question(tokenizer, i, messages[i], system, tools)
@@ -168,7 +178,7 @@ class Template:
     ) -> list[int]:
         """Return the ids after which the model writes the next answer; the last message is the question."""
         system, messages = split(messages, system)
-        asked(messages)
+        check_asked(messages)
         ids = []
         for i, message in enumerate(messages):
             if i % 2:
@@ -191,7 +201,8 @@ class Template:
             ids += self._ids(tokenizer, self.separator)
         else:
             ids += self._ids(tokenizer, self.prefix)
-            system = (system or self.default_system or "") + self._listed(system or self.default_system, tools)
+            system = system or self.default_system or ""
+            system += self._listed(system, tools)
             if system and self.system_in_user:
                 content = "".join(_filled(self.system, content=system)) + content
             elif system:
@@ -236,7 +247,7 @@ class Template:
         arguments = json.dumps(calls[0]["arguments"], ensure_ascii=False)
         return self._ids(tokenizer, self.function, name=calls[0]["name"], arguments=arguments)
 
-    def _listed(self, system: str | None, tools: Tools | None) -> str:
+    def _listed(self, system: str, tools: Tools | None) -> str:
         if not tools:
             return ""
         if self.tools is None:

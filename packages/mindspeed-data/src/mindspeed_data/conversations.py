@@ -23,13 +23,6 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] | None = None
 
 
-def answered(conversation: Conversation) -> Conversation:
-    """Return a conversation that ends with an answer."""
-    if len(conversation.messages) % 2:
-        raise ValueError("no answer to the last question")
-    return conversation
-
-
 # --------------------------------------------------------------------------------------------------------- alpaca
 
 
@@ -158,7 +151,10 @@ def _tools(record: Record, key: str) -> tuple[dict[str, Any], ...] | None:
 
 
 def _conversation(record: Record, keys: Keys) -> Conversation:
-    return answered(listed(record, keys))
+    conversation = listed(record, keys)
+    if len(conversation.messages) % 2:
+        raise ValueError("no answer to the last question")
+    return conversation
 
 
 def answer(row: Any, keys: Keys, place: str) -> Message:
