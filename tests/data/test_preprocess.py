@@ -1,6 +1,8 @@
+import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data import readers, sidecar
 from mindspeed_data.__main__ import main
 from mindspeed_data.indexed import IndexedDataset
+from mindspeed_data.sources import find
 from tests.tiny import tiny_tokenizer
 
 ALPACA = [
@@ -71,9 +74,14 @@ def test_text_becomes_one_sequence_per_document(tokenizer: Path, tmp_path: Path)
     assert known is not None
     assert (known.kept, known.left_out, known.fingerprint) == (2, {"empty text": 1}, loaded.fingerprint)
     assert f"{tmp_path}/b.jsonl:2: empty text" in run.stderr
-    assert leftovers(tmp_path / "new") == [
-        f"x_text_document{suffix}" for suffix in (".bin", ".idx", ".meta.json", ".origin.bin", ".origin.idx")
+    ends = ("bin", "idx", "left_out.jsonl", "meta.json", "origin.bin", "origin.idx")
+    assert leftovers(tmp_path / "new") == [f"x_text_document.{end}" for end in ends]
+    assert [json.loads(line) for line in (tmp_path / "new/x_text_document.left_out.jsonl").open()] == [
+        {"file": f"{tmp_path}/b.jsonl", "line": 2, "reason": "empty text"}
     ]
+    for name, told in known.files.items():
+        content = (tmp_path / "new" / name).read_bytes()
+        assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def test_bos_eod_and_uint16(tokenizer: Path, tmp_path: Path) -> None:
@@ -111,7 +119,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
         source.write_text(json.dumps(ALPACA * 700))
     monkeypatch.setattr(readers, "CHUNK", 20_000)  # many chunks, of which some hold faults
     source.write_text(source.read_text().replace('"3"}', '""}', 1))
-    sources, loaded = readers.find([source]), Tokenizer.load(tokenizer)
+    sources, loaded = find([source]), Tokenizer.load(tokenizer)
     written = []
     for workers in (1, 3):
         output = tmp_path / f"{workers}" / "x"
@@ -291,22 +299,31 @@ def test_a_data_set_of_the_other_kind_is_told_apart(tokenizer: Path, tmp_path: P
         sidecar.check_tokenizer(tmp_path / "t", small)
 
 
-def test_ctrl_c_ends_at_once_and_leaves_nothing(tokenizer: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_at_once_and_the_same_command_goes_on(tokenizer: Path, tmp_path: Path) -> None:
     source = lines(tmp_path / "in.jsonl", 5000)
     with open(source, "a") as file:
         for _ in range(120):
             file.write(json.dumps({"text": "the quick brown fox " * 20_000}) + "\n")
-    command = [sys.executable, "-m", "mindspeed_data", "pretrain", source, "--tokenizer", tokenizer, "--workers", "2"]
+    command = ["pretrain", source, "--tokenizer", tokenizer, "--workers", "2", "--output"]
     process = subprocess.Popen(
-        [*map(str, command), "--output", str(tmp_path / "new/x")], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "mindspeed_data", *map(str, command), str(tmp_path / "new/x")],
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    while not list(tmp_path.glob("new/*.tmp")):
+    journal = tmp_path / "new/x_text_document.journal.tmp"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
-    assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted")
-    assert leftovers(tmp_path / "new") == []
+    assert process.returncode == 130
+    assert re.fullmatch(r"interrupted after [\d,]+ samples; the same command goes on from there", said.splitlines()[-1])
+    assert all(name.endswith((".tmp", ".npz")) for name in leftovers(tmp_path / "new"))
+    again = data(*command, tmp_path / "new/x")
+    assert "going on behind the " in again.stderr
+    assert data(*command, tmp_path / "straight/x").returncode == again.returncode == 0
+    written = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    assert written == {path.name: path.read_bytes() for path in (tmp_path / "straight").iterdir()}
 
 
 def test_workers_end_with_their_parent(tokenizer: Path, tmp_path: Path) -> None:
@@ -398,18 +415,23 @@ def test_results_come_in_order_and_items_are_taken_as_needed() -> None:
 
 
 @pytest.mark.parametrize("name", ["bin", "lengths", "idx"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(tokenizer: Path, tmp_path: Path, name: str) -> None:
+def test_a_full_disk_is_one_line_and_half_a_file_never_has_a_name(tokenizer: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "new").mkdir()
-    (tmp_path / f"new/x_text_document.{name}.tmp").symlink_to("/dev/full")
+    full = tmp_path / f"new/x_text_document.{name}.tmp"
+    full.symlink_to("/dev/full")
     source = lines(tmp_path / "in.jsonl", 3000)
-    run = data("pretrain", source, "--tokenizer", tokenizer, "--output", tmp_path / "new/x")
+    command = ["pretrain", source, "--tokenizer", tokenizer, "--output"]
+    run = data(*command, tmp_path / "new/x")
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1] == (
-        f"error: {tmp_path}/new/x_text_document.{name}.tmp: no space left on device; "
-        "free some space or choose another folder"
+        f"error: {full}: no space left on device; free some space or choose another folder"
     )
     assert "Traceback" not in run.stderr
-    assert leftovers(tmp_path / "new") == []
+    assert all(path.endswith(".tmp") for path in leftovers(tmp_path / "new"))
+    assert bool(leftovers(tmp_path / "new")) == (name == "idx")  # what was done before is kept
+    full.unlink(missing_ok=True)
+    assert data(*command, tmp_path / "new/x").returncode == data(*command, tmp_path / "y").returncode == 0
+    assert (tmp_path / "new/x_text_document.bin").read_bytes() == (tmp_path / "y_text_document.bin").read_bytes()
 
 
 def test_an_encoder_that_disagrees_later_is_given_up(
@@ -422,7 +444,7 @@ def test_an_encoder_that_disagrees_later_is_given_up(
     monkeypatch.setattr(preprocess, "encoders_agree", lambda *_: True)
     monkeypatch.setattr(tokenize, "gigatoken_encoder", lambda _: lambda text: [0])
     job = TextJob(
-        sources=readers.find([lines(tmp_path / "in.jsonl", 10)]),
+        sources=find([lines(tmp_path / "in.jsonl", 10)]),
         tokenizer=loaded,
         format=formats.TEXT,
         keys=formats.TEXT.keys,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,11 +13,16 @@ from mindspeed_core.cli import command_line, run
 from mindspeed_core.errors import InputError
 
 if TYPE_CHECKING:
+    from mindspeed_data.arrange import Mix
     from mindspeed_data.formats import Format
+    from mindspeed_data.plan import Plan
 
 app = command_line("mindspeed-data", "Text and instructions into data sets for training, in Megatron's format.")
 
-Inputs = Annotated[list[Path], typer.Argument(help="Files (txt, jsonl, json, csv, parquet) or folders of them.")]
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(help="Files (txt, jsonl, json, csv, also .gz or .zst, parquet, arrow), folders of them, patterns."),
+]
 TokenizerFolder = Annotated[Path, typer.Option("--tokenizer", help="Folder of the tokenizer, or of a model.")]
 Output = Annotated[Path, typer.Option("--output", help="Beginning of the names of the files to write, say data/wiki.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes; as many as cores if not given.")]
@@ -32,6 +38,17 @@ Thinking = Annotated[
     Literal["keep", "learn", "drop"],
     typer.Option("--thinking", help="Thoughts: as they are; empty ones learned, too; or left out."),
 ]
+Shard = Annotated[
+    str | None, typer.Option("--shard", help="i/n: the i-th of n shares of the input; merge joins the shards.")
+]
+Mixing = Annotated[
+    Literal["concat", "first_exhausted", "all_exhausted"],
+    typer.Option("--mix", help="Inputs one after the other, or mixed until the first, or every one, has been seen."),
+]
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="How often each input is drawn when mixed: 7,3; in turn if not given.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the draws of --mix.")]
 MaxLength = Annotated[int | None, typer.Option("--seq-length", min=2, help="Leave out samples of more tokens.")]
 THINKING = {"keep": None, "learn": True, "drop": False}
 
@@ -51,6 +68,10 @@ def pretrain(
     json_key: Annotated[str | None, typer.Option("--json-key", help="The key that holds the text.")] = None,
     map_keys: MapKeys = None,
     per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a txt, not per file.")] = False,
+    shard: Shard = None,
+    mix: Mixing = "concat",
+    weights: Weights = None,
+    seed: Seed = 1234,
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -58,11 +79,12 @@ def pretrain(
     import numpy as np
 
     from mindspeed_core.tokenizer import Tokenizer
-    from mindspeed_data import formats, preprocess, readers
+    from mindspeed_data import formats, preprocess
+    from mindspeed_data.sources import find
     from mindspeed_data.tokenize import TextJob
 
     keys = _keys(map_keys) | ({} if json_key is None else {"text": json_key})
-    sources = readers.find(inputs, per_line=per_line)
+    sources = find(inputs, per_line=per_line)
     loaded = Tokenizer.load(tokenizer)
     if dtype == "uint16" and loaded.vocab_size > 1 << 16:
         raise InputError(f"--dtype uint16 holds ids below 65,536, and {tokenizer} has {loaded.vocab_size:,}; use int32")
@@ -78,8 +100,9 @@ def pretrain(
         bos=loaded.bos if bos else None,
         eod=_eod(loaded, eod_token) if append_eod or eod_token is not None else None,
     )
-    preprocess.run(job, output, workers=workers, overwrite=overwrite, strict=strict)
-    print(output)
+    plan = _plan(inputs, shard, mix, weights, seed)
+    preprocess.run(job, _shard_of(output, plan), plan=plan, workers=workers, overwrite=overwrite, strict=strict)
+    print(_shard_of(output, plan))
 
 
 @app.command()
@@ -96,9 +119,23 @@ def sft(
         Literal["answers", "last", "all"],
         typer.Option("--learn", help="Every answer, the last one alone, or everything."),
     ] = "answers",
-    seq_length: MaxLength = None,
+    seq_length: Annotated[
+        int | None, typer.Option("--seq-length", min=2, help="The most tokens of a sample, or of a packed sequence.")
+    ] = None,
+    longer: Annotated[
+        Literal["drop", "cut", "split"],
+        typer.Option("--longer", help="What becomes of longer rows: left out, cut, or several samples."),
+    ] = "drop",
+    pack: Annotated[bool, typer.Option("--pack", help="Fill sequences of --seq-length with several samples.")] = False,
+    pack_window: Annotated[
+        int | None, typer.Option("--pack-window", min=1, help="Samples that are packed together; all if not given.")
+    ] = None,
     workers: Workers = None,
     map_keys: MapKeys = None,
+    shard: Shard = None,
+    mix: Mixing = "concat",
+    weights: Weights = None,
+    seed: Seed = 1234,
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -111,9 +148,15 @@ def sft(
         **_rows(inputs, tokenizer, CONVERSATIONS[format], map_keys, template, thinking),
         learn=learn,
         seq_length=seq_length,
+        longer=longer,
     )
-    preprocess.run(job, output, workers=workers, overwrite=overwrite, strict=strict)
-    print(output)
+    if pack and seq_length is None:
+        raise InputError("--pack: how long the sequences are is missing; add --seq-length")
+    if pack_window is not None and not pack:
+        raise InputError("--pack-window: is of --pack alone; add it")
+    plan = _plan(inputs, shard, mix, weights, seed, pack=seq_length if pack else None, window=pack_window)
+    preprocess.run(job, _shard_of(output, plan), plan=plan, workers=workers, overwrite=overwrite, strict=strict)
+    print(_shard_of(output, plan))
 
 
 @app.command()
@@ -129,6 +172,10 @@ def pairwise(
     seq_length: MaxLength = None,
     workers: Workers = None,
     map_keys: MapKeys = None,
+    shard: Shard = None,
+    mix: Mixing = "concat",
+    weights: Weights = None,
+    seed: Seed = 1234,
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -137,8 +184,9 @@ def pairwise(
     from mindspeed_data.pairwise import PAIRS, PairwiseJob
 
     job = PairwiseJob(**_rows(inputs, tokenizer, PAIRS[format], map_keys, template, thinking), seq_length=seq_length)
-    preprocess.run(job, output, workers=workers, overwrite=overwrite, strict=strict)
-    print(output)
+    plan = _plan(inputs, shard, mix, weights, seed)
+    preprocess.run(job, _shard_of(output, plan), plan=plan, workers=workers, overwrite=overwrite, strict=strict)
+    print(_shard_of(output, plan))
 
 
 @app.command()
@@ -156,6 +204,10 @@ def prm(
     seq_length: MaxLength = None,
     workers: Workers = None,
     map_keys: MapKeys = None,
+    shard: Shard = None,
+    mix: Mixing = "concat",
+    weights: Weights = None,
+    seed: Seed = 1234,
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -168,8 +220,9 @@ def prm(
         **_rows(inputs, tokenizer, process_rewards(marks)[format], map_keys), marks=marks, seq_length=seq_length
     )
     token_ids(marks, job.tokenizer)
-    preprocess.run(job, output, workers=workers, overwrite=overwrite, strict=strict)
-    print(output)
+    plan = _plan(inputs, shard, mix, weights, seed)
+    preprocess.run(job, _shard_of(output, plan), plan=plan, workers=workers, overwrite=overwrite, strict=strict)
+    print(_shard_of(output, plan))
 
 
 @app.command()
@@ -186,6 +239,28 @@ def show(
     from mindspeed_data.show import show as show_samples
 
     show_samples(prefix, tokenizer=tokenizer, start=start, count=count, length=length)
+
+
+@app.command()
+def merge(
+    prefixes: Annotated[list[Path], typer.Argument(help="Data sets to join, or P alone for its shards P-i-of-n.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Prefix of the whole; P itself for the shards of P.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Join data sets that were made alike: the shards of --shard, or others."""
+    from mindspeed_data.merge import merge as merge_files
+    from mindspeed_data.merge import shards_of
+
+    if len(prefixes) == 1:
+        whole, prefixes = prefixes[0], shards_of(prefixes[0])
+    elif output is None:
+        raise InputError("--output: how the whole is to be called is missing")
+    else:
+        whole = output
+    merge_files(prefixes, output or whole, overwrite=overwrite)
+    print(output or whole)
 
 
 @app.command()
@@ -207,17 +282,56 @@ def _rows(
     """What every job on rows needs; with a chat template where `thinking` says how."""
     from mindspeed_core import templates
     from mindspeed_core.tokenizer import Tokenizer
-    from mindspeed_data import readers
+    from mindspeed_data.sources import find
 
     keys = format.mapped(_keys(map_keys))
     chosen = None if thinking is None else templates.template(template, thinking=THINKING[thinking])
-    sources = readers.find(inputs)
+    sources = find(inputs)
     loaded = Tokenizer.load(tokenizer)
     job = {"sources": sources, "tokenizer": loaded, "format": format, "keys": keys, "fast": False}
     if chosen is None:
         return job
     chosen.check(loaded)
     return {**job, "template": chosen}
+
+
+def _plan(
+    inputs: list[Path],
+    shard: str | None,
+    mix: Mix,
+    weights: str | None,
+    seed: int,
+    *,
+    pack: int | None = None,
+    window: int | None = None,
+) -> Plan:
+    """The options that say which rows are written, in which order and how they share sequences."""
+    from mindspeed_data.plan import Plan
+
+    try:
+        shares = tuple(float(part) for part in weights.split(",")) if weights is not None else None
+    except ValueError:
+        shares = ()
+    if shares is not None and mix == "concat":
+        raise InputError(
+            "--weights: inputs are drawn by weight when they are mixed; add --mix first_exhausted or all_exhausted"
+        )
+    if shares is not None and (len(shares) != len(inputs) or min(shares) <= 0):
+        raise InputError(f"--weights {weights}: a number above 0 for each of the {len(inputs)} inputs is expected")
+    given = re.fullmatch(r"(\d+)/(\d+)", shard or "1/1")
+    number, shards = (int(given[1]), int(given[2])) if given else (0, 0)
+    if not 1 <= number <= shards <= 99999:
+        raise InputError(f"--shard {shard}: i/n is expected, with i from 1 to n, like 1/8")
+    if shards > 1 and mix != "concat":
+        raise InputError("--shard: shares of inputs cannot be mixed; write each input on its own and mix in the recipe")
+    return Plan(shard=(number, shards), mix=mix, weights=shares, seed=seed, pack=pack, window=window)
+
+
+def _shard_of(output: Path, plan: Plan) -> Path:
+    """The prefix that is written."""
+    from mindspeed_data.merge import shard_prefix
+
+    return output if plan.shard == (1, 1) else shard_prefix(output, plan.shard)
 
 
 def _keys(text: str | None) -> dict[str, str]:

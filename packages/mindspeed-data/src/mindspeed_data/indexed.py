@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mindspeed_core.errors import InputError, writing
+from mindspeed_core.errors import InputError
+from mindspeed_data.journal import GrowingFile, Mark
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -98,54 +98,75 @@ def _map(path: Path, dtype: DTypeLike, count: int, offset: int) -> NDArray[Any]:
 class IndexedWriter:
     """Writes a pair of files beside their final names; memory does not grow with the data.
 
-    Nothing carries a final name before `publish`. Lengths wait in a file of their own until the index is written.
+    Nothing carries a final name before `publish`. Lengths wait in a file of their own until the index is written. With
+    `sizes`, by file name, those two files go on where an earlier run stood.
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike = np.int32) -> None:
+    def __init__(
+        self, prefix: str | Path, dtype: DTypeLike = np.int32, *, sizes: Mapping[str, int] | None = None
+    ) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
-        self.sequences = 0
-        self.tokens = 0
         self._paths = {name: path_of(prefix, f"{name}.tmp") for name in (".bin", ".idx", ".lengths")}
-        self._ids: BinaryIO = open(self._paths[".bin"], "wb")  # noqa: SIM115 - closed by finish or discard
-        self._lengths: BinaryIO = open(self._paths[".lengths"], "wb")  # noqa: SIM115
+        ids, lengths = (
+            GrowingFile(self._paths[name], size=(sizes or {}).get(self._paths[name].name, 0))
+            for name in (".bin", ".lengths")
+        )
+        self._ids, self._lengths = ids, lengths
+        self._index: GrowingFile | None = None
+
+    @property
+    def sequences(self) -> int:
+        return self._lengths.size // 4
+
+    @property
+    def growing(self) -> tuple[GrowingFile, GrowingFile]:
+        """The files that `add` appends to."""
+        return self._ids, self._lengths
+
+    @property
+    def files(self) -> dict[str, Mark]:
+        """The finished files, by their final names: size and hash."""
+        assert self._index is not None, "not finished"
+        return {
+            path_of(self.prefix, suffix).name: file.mark
+            for suffix, file in ((".bin", self._ids), (".idx", self._index))
+        }
 
     def add(self, ids: NDArray[Any], lengths: NDArray[Any]) -> None:
         """Append sequences that lie one after the other in `ids`; each is a document."""
         if ids.dtype != self.dtype:
             raise TypeError(f"{ids.dtype} ids for a file of {self.dtype}")
-        with writing(self._paths[".bin"]):
-            self._ids.write(ids.tobytes())
-        with writing(self._paths[".lengths"]):
-            self._lengths.write(np.ascontiguousarray(lengths, "<i4").tobytes())
-        self.sequences += len(lengths)
-        self.tokens += len(ids)
+        self._ids.write(ids.tobytes())
+        self._lengths.write(np.ascontiguousarray(lengths, "<i4").tobytes())
 
     def finish(self) -> None:
         """Write everything to the disk, still under temporary names."""
-        with writing(self._paths[".bin"]):
-            _sync(self._ids)
-        with writing(self._paths[".lengths"]):
-            self._lengths.close()
-        with writing(self._paths[".idx"]), open(self._paths[".idx"], "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], self.sequences, self.sequences + 1))
-            for lengths in self._blocks():
-                file.write(lengths.tobytes())
-            offset = 0
-            for lengths in self._blocks():
-                ends = offset + np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
-                file.write(np.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
-                offset = int(ends[-1])
-            for start in range(0, self.sequences + 1, BLOCK):
-                file.write(np.arange(start, min(start + BLOCK, self.sequences + 1), dtype="<i8").tobytes())
-            _sync(file)
-        self._paths[".lengths"].unlink()
+        self._ids.sync()
+        self._lengths.close()
+        sequences = self.sequences
+        self._index = GrowingFile(self._paths[".idx"])
+        self._index.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], sequences, sequences + 1))
+        for lengths in self._blocks():
+            self._index.write(lengths.tobytes())
+        offset = 0
+        for lengths in self._blocks():
+            ends = offset + np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+            self._index.write(np.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for start in range(0, sequences + 1, BLOCK):
+            self._index.write(np.arange(start, min(start + BLOCK, sequences + 1), dtype="<i8").tobytes())
+        self._index.sync()
+
+    def close(self) -> None:
+        """Close the files and leave them as they are."""
+        for file in (self._ids, self._lengths, self._index):
+            if file is not None:
+                file.close()
 
     def discard(self) -> None:
         """Remove what was not published."""
-        for file in (self._ids, self._lengths):
-            with suppress(OSError):  # what is still in the buffer of a full disk
-                file.close()
+        self.close()
         for path in self._paths.values():
             path.unlink(missing_ok=True)
 
@@ -156,17 +177,19 @@ class IndexedWriter:
 
 
 def publish(*writers: IndexedWriter, beside: Path) -> None:
-    """Give finished pairs and the file `beside` them their names: an old index goes first and a new one comes last, so
-    that no index ever stands with ids that are not its own."""
+    """Give finished pairs and the file `beside` them their names."""
+    finals = [beside, *(path_of(w.prefix, suffix) for suffix in (".bin", ".idx") for w in writers)]
+    rename([(Path(f"{final}.tmp"), final) for final in finals])
     for writer in writers:
-        path_of(writer.prefix, ".idx").unlink(missing_ok=True)
-    os.replace(f"{beside}.tmp", beside)
-    for suffix in (".bin", ".idx"):
-        for writer in writers:
-            os.replace(path_of(writer.prefix, f"{suffix}.tmp"), path_of(writer.prefix, suffix))
+        writer.discard()  # the lengths alone are left
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def rename(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Give files their names. An old index goes first and new ones come last, so that no index ever stands with ids that are
+    not its own. What a kill left half done can be done again."""
+    left = [(temporary, final) for temporary, final in moves if temporary.exists()]
+    for _, final in left:
+        if final.suffix == ".idx":
+            final.unlink(missing_ok=True)
+    for temporary, final in left:
+        os.replace(temporary, final)

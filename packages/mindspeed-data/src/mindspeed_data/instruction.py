@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError
 from mindspeed_data import sidecar
 from mindspeed_data.indexed import IndexedDataset, path_of
+from mindspeed_data.shorten import cut
 from mindspeed_data.sidecar import INSTRUCTION, instruction_prefix
 
 
@@ -28,7 +28,9 @@ class InstructionSamples:
         self.prefix = instruction_prefix(prefix)
         known = sidecar.read(prefix)
         if known is not None and known.kind != "instruction":
-            raise InputError(f"{self.prefix}: holds the worth of steps, not answers; write answers with mindspeed-data sft")
+            raise InputError(
+                f"{self.prefix}: holds the worth of steps, not answers; write answers with mindspeed-data sft"
+            )
         self._ids = IndexedDataset(f"{self.prefix}{INSTRUCTION['input_ids']}")
         self._labels = IndexedDataset(f"{self.prefix}{INSTRUCTION['labels']}")
         self._seq_length = seq_length
@@ -62,43 +64,3 @@ class InstructionSamples:
             "labels": torch.from_numpy(np.where(learned, target, 0).astype(np.int64)),
             "weights": torch.from_numpy(learned.astype(np.float32)),
         }
-
-
-def cut(labels: NDArray[Any], length: int) -> NDArray[np.int64]:
-    """Return which of a sample's positions stay so that `length` are left.
-
-    Turns are taken from the front while there is room; of the one that does not fit, the question or the answer is cut if
-    the other is less than half of the room, else both in proportion.
-    """
-    kept: list[NDArray[np.int64]] = []
-    room = length
-    for source, target in _turns(labels):
-        if room <= 0:
-            break
-        questions, answers = _shares(len(source), len(target), room)
-        kept += [source[:questions], target[:answers]]
-        room -= questions + answers
-    return np.concatenate(kept)
-
-
-def _turns(labels: NDArray[Any]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """The positions of each question and its answer."""
-    positions = np.arange(len(labels))
-    runs = np.split(positions, np.flatnonzero(np.diff(labels == IGNORED)) + 1)
-    if labels[0] != IGNORED:
-        runs.insert(0, positions[:0])
-    if len(runs) % 2:
-        runs.append(positions[:0])
-    return list(zip(runs[::2], runs[1::2], strict=True))
-
-
-def _shares(source: int, target: int, room: int) -> tuple[int, int]:
-    """How many positions of a question and of its answer fit into the room."""
-    if target * 2 < room:
-        most = room
-    elif source * 2 < room:
-        most = room - source
-    else:
-        most = int(room * (target / (source + target)))
-    answers = min(most, target)
-    return min(max(room - answers, 0), source), answers

@@ -10,14 +10,13 @@ samples, so a mean over tokens is what it is without packing.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import deque
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
+
+from mindspeed_data.fitting import best_fit
 
 if TYPE_CHECKING:
     from mindspeed_data.pretrain import Samples
@@ -55,34 +54,3 @@ def marks(sizes: list[int]) -> dict[str, Tensor]:
         "positions": torch.cat([torch.arange(size) for size in sizes]),
         "segments": torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)),
     }
-
-
-def best_fit(lengths: ArrayLike, capacity: int) -> list[list[int]]:
-    """Deal samples to sequences of `capacity` tokens: the longest first, each where the least room is left that holds it.
-
-    The outcome depends on the lengths alone. It needs at most 11/9 of the fewest sequences possible, and one more (best fit
-    decreasing; Johnson 1973).
-    """
-    sizes: NDArray[np.int64] = np.asarray(lengths, np.int64)
-    assert not len(sizes) or (sizes.min() > 0 and sizes.max() <= capacity), "samples are cut before they are packed"
-    packs: list[list[int]] = []
-    left: list[deque[int]] = [deque() for _ in range(capacity)]  # sequences by what is left in them
-    rooms: list[int] = []  # those that exist, ascending
-    for sample in np.argsort(-sizes, kind="stable"):
-        size = int(sizes[sample])
-        place = bisect_left(rooms, size)
-        if place == len(rooms):
-            room, pack = capacity, len(packs)
-            packs.append([])
-        else:
-            room = rooms[place]
-            pack = left[room].popleft()
-            if not left[room]:
-                del rooms[place]
-        packs[pack].append(int(sample))
-        room -= size
-        if room:
-            if not left[room]:
-                insort(rooms, room)
-            left[room].append(pack)
-    return packs

@@ -1,33 +1,47 @@
-"""From files to a data set: the whole run of `mindspeed-data pretrain` and `sft`."""
+"""From files to a data set: the whole run of the commands that write one.
+
+    first pass     chunks of rows -> ids, appended in the order of the input, a line of the journal after each chunk
+    second pass    where samples are mixed or packed: into another order
+    publishing     hashes and counts into the description, then the files get their names, all of them or none
+
+Whatever ends a run in between, the same command goes on from there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mindspeed_core.cli import console, progress
 from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError, writing
-from mindspeed_data import readers
-from mindspeed_data.indexed import IndexedWriter, path_of, publish
+from mindspeed_data import __version__, arrange, parts, readers
+from mindspeed_data.indexed import IndexedWriter, path_of, rename
+from mindspeed_data.journal import GrowingFile, Journal, Line, Mark
+from mindspeed_data.plan import Plan
 from mindspeed_data.pool import Pool
-from mindspeed_data.readers import Chunk, Fault, Row, Rows, Source
-from mindspeed_data.sidecar import ORIGIN, Sidecar
+from mindspeed_data.readers import Chunk, Fault, Row, Rows
+from mindspeed_data.sidecar import LEFT_OUT, ORIGIN, Sidecar
+from mindspeed_data.sources import Source
 from mindspeed_data.tokenize import Encoded, EncoderError, Job, TextJob, encoders_agree
 
-NAMED = 10  # rows left out that are named one by one
+NAMED = 10  # rows left out that are named one by one on the terminal
 PROBED = 64  # texts of the run on which the fast encoder must prove itself
 # Bytes of input that outweigh the start of one more worker, with gigatoken and without.
 FAST_SHARE, SLOW_SHARE = 32 << 20, 4 << 20
+STAGE = ".rows"  # what the files of the first pass are called where a second one follows
 
 
 @dataclass
@@ -38,38 +52,276 @@ class Outcome:
     tokens: int = 0
     learned: int = 0
     longest: int = 0
+    cut: int = 0  # rows that were cut to the sequence length, and that became several samples
+    split: int = 0
+    sequences: int = 0  # of a second pass
     left_out: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)  # the first rows left out, with their places
 
+    def told(self) -> dict[str, Any]:
+        """For the journal."""
+        return {**vars(self), "left_out": dict(self.left_out)}
+
+    @classmethod
+    def of(cls, line: Line | None) -> Outcome:
+        """What the journal says."""
+        if line is None:
+            return cls()
+        known = cls(**line["outcome"])
+        known.left_out = Counter(known.left_out)  # a plain mapping until here
+        return known
+
 
 def run(
-    job: Job, output: Path, *, workers: int | None = None, overwrite: bool = False, strict: bool = False
+    job: Job,
+    output: Path,
+    *,
+    plan: Plan | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    strict: bool = False,
 ) -> Outcome:
     """Write the data set of a job; nothing carries its name before it is whole. `strict`: the first bad row ends it."""
-    _make_room(job, output, overwrite=overwrite)
+    plan = plan or Plan()
+    _make_room(output)
     started = time.monotonic()
-    job = dataclasses.replace(job, fast=_look(job))
-    workers = _workers(job, workers)
+    current = _Run(job, output, plan, overwrite=overwrite, strict=strict)
     try:
-        outcome = _write(job, output, workers, strict=strict)
-    except EncoderError:
-        console.print("the fast encoder disagrees on a text of this run: once more without it")
-        outcome = _write(dataclasses.replace(job, fast=False), output, workers, strict=strict)
-    _report(job, output, outcome, time.monotonic() - started)
+        outcome = current.finish(workers)
+    except BaseException as error:
+        kept = current.end()
+        if kept and isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"after {kept:,} samples; the same command goes on from there") from None
+        raise
+    _report(job, output, plan, outcome, time.monotonic() - started)
     return outcome
 
 
-def _make_room(job: Job, output: Path, *, overwrite: bool) -> None:
+def _make_room(output: Path) -> None:
     if output.name in ("", ".", "..") or output.is_dir():
         raise InputError(f"{output}: --output is the beginning of file names, not a folder; add one: {output / 'data'}")
-    names = [*(f"{suffix}.idx" for suffix in job.outputs.values()), f"{job.beside}.meta.json"]
-    taken = [path for name in names if (path := path_of(output, name)).exists()]
-    if taken and not overwrite:
-        raise InputError(f"{taken[0]}: exists already; choose another --output, or replace it with --overwrite")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"{output.parent}: cannot be made a folder, a file is in the way") from error
+
+
+class _Run:
+    """One run and the files it has under way, all of them beside those they will become."""
+
+    def __init__(self, job: Job, output: Path, plan: Plan, *, overwrite: bool, strict: bool) -> None:
+        self.job, self.output, self.plan = job, output, plan
+        self.overwrite, self.strict = overwrite, strict
+        if not self._beside(".journal.tmp").exists():
+            self._check_taken()
+        self.journal = Journal(self._beside(".journal.tmp"), _identity(job, plan))
+        self.parts = self._beside(".parts.tmp")
+        self.writers: dict[str, IndexedWriter] = {}
+        self.left_out: GrowingFile | None = None
+        self.arranged: dict[str, IndexedWriter] = {}
+        self.outcome = Outcome()
+        self.kept = 0  # samples that the journal knows of
+
+    def finish(self, workers: int | None) -> Outcome:
+        """Do what is left of it."""
+        if self.journal.other:
+            console.print(f"{self.journal.path}: what another command left unfinished is replaced")
+        line = self.journal.resume()
+        if line is not None and "moves" in line:  # it ended while files got their names
+            self._publish(line["moves"])
+            return Outcome.of(line)
+        self.kept = 0 if line is None else line["outcome"]["kept"]
+        self._check_taken()
+        if line is None:
+            self.job = dataclasses.replace(self.job, fast=_look(self.job))
+        else:
+            self.job = dataclasses.replace(self.job, fast=line["fast"])
+            console.print(f"going on behind the {line['outcome']['kept']:,} samples of an earlier run")
+        try:
+            self._encode(line, workers)
+        except EncoderError:
+            console.print("the fast encoder disagrees on a text of this run: once more without it")
+            self.job = dataclasses.replace(self.job, fast=False)
+            self.journal.clear()
+            self._encode(None, workers)
+        writers = self._arrange() if self.plan.arranges else list(self.writers.values())
+        for writer in writers:
+            writer.finish()
+        self._publish(self._described(writers))
+        return self.outcome
+
+    def end(self) -> int:
+        """Close everything; keep it where another run can go on from it. Return the samples that are kept."""
+        for writer in (*self.writers.values(), *self.arranged.values()):
+            writer.close()
+        if self.left_out is not None:
+            self.left_out.close()
+        if self.kept:
+            self.journal.close()
+        else:
+            self._clear()
+        return self.kept
+
+    def _check_taken(self) -> None:
+        names = [*(f"{suffix}.idx" for suffix in self.job.outputs.values()), f"{self.job.beside}.meta.json"]
+        taken = [path for name in names if (path := path_of(self.output, name)).exists()]
+        if taken and not self.overwrite:
+            raise InputError(f"{taken[0]}: exists already; choose another --output, or replace it with --overwrite")
+
+    def _beside(self, suffix: str) -> Path:
+        return path_of(self.output, f"{self.job.beside}{suffix}")
+
+    def _files(self) -> list[tuple[str, str, DTypeLike]]:
+        """The files to write: name, suffix and dtype."""
+        of_ids = [(name, suffix, self.job.dtype) for name, suffix in self.job.outputs.items()]
+        return [*of_ids, (ORIGIN, f"{self.job.beside}{ORIGIN}", np.int32)]
+
+    # ------------------------------------------------------------------------------------------------ first pass
+
+    def _encode(self, line: Line | None, workers: int | None) -> None:
+        sizes = {} if line is None else {name: size for name, (size, _) in line["files"].items()}
+        self.outcome = Outcome.of(line)
+        for name, suffix, dtype in self._files():
+            path = path_of(self.output, f"{suffix}{STAGE if self.plan.arranges else ''}")
+            self.writers[name] = IndexedWriter(path, dtype, sizes=sizes)
+        path = self._beside(f"{LEFT_OUT}.tmp")
+        self.left_out = GrowingFile(path, size=sizes.get(path.name, 0))
+        growing = [file for writer in self.writers.values() for file in writer.growing] + [self.left_out]
+
+        job, total = self.job, sum(source.size for source in self.job.sources)
+        unit, scale = ("MB", 1_000_000) if total >= 10_000_000 else ("KB", 1_000)
+        done = 0 if line is None else line["read"]
+        places = _Places(job.sources, line)
+        with (
+            progress(round(total / scale), "tokenizing", unit=unit) as bar,
+            closing(self._results(line, _workers(job, workers))) as results,
+        ):
+            for number, chunk, encoded in results:
+                origin = places.tell(chunk, encoded, self.outcome, self.left_out)
+                if self.strict and encoded.faults:
+                    raise InputError(self.outcome.named[0])
+                _count(encoded, self.outcome)
+                self.writers[ORIGIN].add(origin.reshape(-1), np.full(len(origin), 2, np.int32))
+                for name in job.outputs:
+                    self.writers[name].add(encoded.arrays[name], encoded.lengths_of.get(name, encoded.lengths))
+                done += chunk.bytes
+                last = chunk.pieces[-1]
+                told = {
+                    "chunk": number,
+                    "after": [last.source, last.stop],
+                    "lines": places.before[last.source],
+                    "read": done,
+                    "fast": job.fast,
+                    "outcome": self.outcome.told(),
+                }
+                self.journal.add(told, growing)
+                self.kept = self.outcome.kept
+                parts.remove(self.parts, number)
+                text = f"{self.outcome.kept:,} samples, {self.outcome.tokens:,} tokens"
+                bar.advance(round(done / scale) - bar.done, text)
+        if not self.outcome.kept and self.plan.shard == (1, 1):  # a shard may be empty, and the whole is not
+            raise InputError("\n".join(["nothing is left of the input", *_left_out(self.outcome)]))
+
+    def _results(self, line: Line | None, workers: int) -> Generator[tuple[int, Chunk, Encoded], None, None]:
+        """The chunks behind a line of the journal, without their data, and what became of each."""
+        first, after = (0, (0, 0)) if line is None else (line["chunk"] + 1, tuple(line["after"]))
+        columns = self.job.keys.values()
+        chunks = readers.chunks(self.job.sources, columns=columns, after=after, shard=self.plan.shard)
+        if line is None:
+            parts.clear(self.parts)
+        if workers == 1:
+            work = self.job.start()
+            for number, chunk in enumerate(chunks, first):
+                yield number, chunk, parts.read(self.parts, number) or work(chunk)
+            return
+        self.parts.mkdir(exist_ok=True)
+        sent: deque[tuple[int, Chunk]] = deque()  # those whose results have not come back yet
+        with Pool(parts.PartsJob(self.job, self.parts), workers) as pool:
+            for _ in pool.map(_noted(enumerate(chunks, first), sent)):
+                number, chunk = sent.popleft()
+                encoded = parts.read(self.parts, number)
+                assert encoded is not None, "a worker has just written it"
+                yield number, chunk, encoded
+
+    # ----------------------------------------------------------------------------------------------- second pass
+
+    def _arrange(self) -> list[IndexedWriter]:
+        staged = {}
+        for name, writer in self.writers.items():
+            writer.close()
+            staged[name] = arrange.Staged(writer.prefix, writer.dtype)
+        first = staged[next(iter(self.job.outputs))]
+        order = self.plan.order(first.lengths, self.job.sources, staged[ORIGIN].ids[::2])
+        filling = self.plan.filling(self.job.tokenizer.padding)
+        self.arranged = {
+            name: IndexedWriter(path_of(self.output, suffix), dtype) for name, suffix, dtype in self._files()
+        }
+        with progress(len(order), "arranging", unit="samples") as bar:
+            for count in arrange.write(order, staged, self.arranged, filling):
+                bar.advance(count)
+        lengths = first.lengths[order.samples]
+        self.outcome.kept, self.outcome.sequences = len(lengths), len(order)
+        self.outcome.tokens, self.outcome.longest = int(lengths.sum()), int(lengths.max(initial=0))
+        self.outcome.learned = sum(
+            _learned(arrange.Staged(writer.prefix, writer.dtype).ids)
+            for name, writer in self.arranged.items()
+            if name.endswith("labels")
+        )
+        return list(self.arranged.values())
+
+    # ------------------------------------------------------------------------------------------------ publishing
+
+    def _described(self, writers: Sequence[IndexedWriter]) -> list[tuple[str, str]]:
+        """Write the description; return which names the finished files get, in the order in which they get them."""
+        files = {name: mark for writer in writers for name, mark in writer.files.items()}
+        assert self.left_out is not None
+        self.left_out.sync()
+        if self.left_out.size:
+            files[self._beside(LEFT_OUT).name] = self.left_out.mark
+        temporary = self._beside(".meta.json.tmp")
+        with writing(temporary), open(temporary, "w") as file:
+            file.write(_sidecar(self.job, self.plan, self.outcome, files).text())
+            file.flush()
+            os.fsync(file.fileno())
+        finals = [self._beside(".meta.json").name, *sorted(files, key=lambda name: name.endswith(".idx"))]
+        moves = [(f"{final}.tmp", final) for final in finals]
+        self.journal.add({"moves": moves, "outcome": self.outcome.told()}, [])
+        return moves
+
+    def _publish(self, moves: Sequence[Sequence[str]]) -> None:
+        """Give the files their names and remove all that was under way."""
+        folder = self.output.parent
+        if not any(final.endswith(LEFT_OUT) for _, final in moves):
+            self._beside(LEFT_OUT).unlink(missing_ok=True)
+        rename([(folder / temporary, folder / final) for temporary, final in moves])
+        self._clear()
+
+    def _clear(self) -> None:
+        parts.clear(self.parts)
+        for _, suffix, _ in self._files():
+            for stage in ("", STAGE):
+                for kind in (".bin", ".idx", ".lengths"):
+                    path_of(self.output, f"{suffix}{stage}{kind}.tmp").unlink(missing_ok=True)
+        for suffix in (f"{LEFT_OUT}.tmp", ".meta.json.tmp"):
+            self._beside(suffix).unlink(missing_ok=True)
+        self.journal.remove()
+
+
+def _identity(job: Job, plan: Plan) -> dict[str, Any]:
+    """What two runs must have in common for one to go on with what the other has done."""
+    sources = [(str(s.path.absolute()), s.kind, s.size, s.path.stat().st_mtime_ns, s.part) for s in job.sources]
+    return {
+        "version": __version__,
+        "job": type(job).__name__,
+        **job.described(),
+        "format": job.format.name,
+        "keys": dict(job.keys),
+        "tokenizer": hashlib.sha256(job.tokenizer.backend.to_str().encode()).hexdigest(),
+        "dtype": job.dtype.name,
+        "plan": plan.described(),
+        "chunk": readers.CHUNK,
+        "sources": hashlib.sha256(json.dumps(sources).encode()).hexdigest(),
+    }
 
 
 def _look(job: Job) -> bool:
@@ -119,90 +371,59 @@ def _workers(job: Job, asked: int | None) -> int:
     return max(1, min(cores, size // (FAST_SHARE if job.fast else SLOW_SHARE)))
 
 
-def _write(job: Job, output: Path, workers: int, *, strict: bool) -> Outcome:
-    outcome = Outcome()
-    total = sum(source.size for source in job.sources)
-    unit, scale = ("MB", 1_000_000) if total >= 10_000_000 else ("KB", 1_000)
-    with ExitStack() as stack:
-        writers = {}
-        for name, suffix in job.outputs.items():
-            writers[name] = IndexedWriter(path_of(output, suffix), job.dtype)
-            stack.callback(writers[name].discard)
-        origins = IndexedWriter(path_of(output, f"{job.beside}{ORIGIN}"))
-        stack.callback(origins.discard)
-        pool = stack.enter_context(Pool(job, workers))
-        bar = stack.enter_context(progress(round(total / scale), "tokenizing", unit=unit))
-        places = _Places(job.sources)
-        done = 0
-        sent: list[Chunk] = []  # chunks whose results have not come back yet
-        for encoded in pool.map(_noted(readers.chunks(job.sources, columns=job.keys.values()), sent)):
-            chunk = sent.pop(0)
-            origin = places.tell(chunk, encoded, outcome)
-            if strict and outcome.named:
-                raise InputError(outcome.named[0])
-            _count(encoded, outcome)
-            origins.add(origin.reshape(-1), np.full(len(origin), 2, np.int32))
-            for name, writer in writers.items():
-                writer.add(encoded.arrays[name], encoded.lengths_of.get(name, encoded.lengths))
-            done += chunk.bytes
-            bar.advance(round(done / scale) - bar.done, f"{outcome.kept:,} samples, {outcome.tokens:,} tokens")
-        if not outcome.kept:
-            raise InputError("\n".join(["nothing is left of the input", *_left_out(outcome)]))
-        for writer in (*writers.values(), origins):
-            writer.finish()
-        beside = _sidecar_path(job, output)
-        temporary = Path(f"{beside}.tmp")
-        stack.callback(temporary.unlink, missing_ok=True)
-        with writing(temporary):
-            temporary.write_text(_sidecar(job, outcome).text())
-        publish(*writers.values(), origins, beside=beside)
-    return outcome
-
-
-def _noted(chunks: Iterator[Chunk], sent: list[Chunk]) -> Iterator[Chunk]:
+def _noted(chunks: Iterator[tuple[int, Chunk]], sent: deque[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk]]:
     """Pass chunks on, and keep what their results are told with: not the rows."""
-    for chunk in chunks:
+    for number, chunk in chunks:
         pieces = tuple(dataclasses.replace(piece, data=None) for piece in chunk.pieces)
-        sent.append(dataclasses.replace(chunk, pieces=pieces))
-        yield chunk
+        sent.append((number, dataclasses.replace(chunk, pieces=pieces)))
+        yield number, chunk
 
 
 class _Places:
     """Where in its file a row of a chunk stands: chunks count their own lines, here they add up."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], line: Line | None) -> None:
         self.sources = sources
         self.before = [0] * len(sources)
+        if line is not None:
+            self.before[line["after"][0]] = line["lines"]
 
-    def tell(self, chunk: Chunk, encoded: Encoded, outcome: Outcome) -> NDArray[np.int32]:
+    def tell(self, chunk: Chunk, encoded: Encoded, outcome: Outcome, left_out: GrowingFile) -> NDArray[np.int32]:
         """Name what was left out, and return the number of the source and the line of each sample: [n, 2]."""
         starts = []
         for piece, lines in zip(chunk.pieces, encoded.lines, strict=True):
             starts.append(self.before[piece.source] if piece.line is None else piece.line)
             self.before[piece.source] = starts[-1] + lines
+        told = []
         for fault in encoded.faults:
-            source = self.sources[chunk.pieces[fault.piece].source]
+            path = str(self.sources[chunk.pieces[fault.piece].source].path)
+            line = fault.line + starts[fault.piece]
             outcome.left_out[fault.reason.split(":")[0]] += 1
+            told.append(json.dumps({"file": path, "line": line, "reason": fault.reason}, ensure_ascii=False) + "\n")
             if len(outcome.named) < NAMED:
-                line = fault.line + starts[fault.piece]
-                outcome.named.append(f"{source.path}{f':{line}' if line else ''}: {fault.reason}")
-        origin = [(chunk.pieces[piece].source, starts[piece] + line) for piece, line in encoded.places]
-        return np.array(origin, np.int32).reshape(-1, 2)
+                outcome.named.append(f"{path}{f':{line}' if line else ''}: {fault.reason}")
+        left_out.write("".join(told).encode(errors="replace"))
+        pieces = np.array([(piece.source, start) for piece, start in zip(chunk.pieces, starts, strict=True)])
+        at = np.asarray(encoded.places, np.int64).reshape(-1, 2)
+        source, start = pieces[at[:, 0]].T
+        return np.stack((source, start + at[:, 1]), axis=1).astype(np.int32)
 
 
 def _count(encoded: Encoded, outcome: Outcome) -> None:
     outcome.kept += len(encoded.lengths)
     outcome.tokens += int(encoded.lengths.sum(dtype=np.int64))
     outcome.longest = max(outcome.longest, int(encoded.lengths.max(initial=0)))
-    labels = [array for name, array in encoded.arrays.items() if name.endswith("labels")]
-    outcome.learned += sum(int(np.count_nonzero(array != IGNORED)) for array in labels)
+    outcome.cut += encoded.cut
+    outcome.split += encoded.split
+    outcome.learned += sum(_learned(array) for name, array in encoded.arrays.items() if name.endswith("labels"))
 
 
-def _sidecar_path(job: Job, output: Path) -> Path:
-    return path_of(output, f"{job.beside}.meta.json")
+def _learned(labels: NDArray[Any]) -> int:
+    blocks = (labels[start : start + readers.BLOCK] for start in range(0, len(labels), readers.BLOCK))
+    return sum(int(np.count_nonzero(block != IGNORED)) for block in blocks)
 
 
-def _sidecar(job: Job, outcome: Outcome) -> Sidecar:
+def _sidecar(job: Job, plan: Plan, outcome: Outcome, files: dict[str, Mark]) -> Sidecar:
     return Sidecar(
         **job.described(),
         tokenizer=str(job.tokenizer.folder),
@@ -210,15 +431,20 @@ def _sidecar(job: Job, outcome: Outcome) -> Sidecar:
         vocab_size=job.tokenizer.vocab_size,
         dtype=job.dtype.name,
         kept=outcome.kept,
+        sequences=outcome.sequences or outcome.kept,
+        cut=outcome.cut,
+        split=outcome.split,
         left_out=dict(sorted(outcome.left_out.items())),
         tokens=outcome.tokens,
         learned=outcome.tokens if isinstance(job, TextJob) else outcome.learned,
         longest=outcome.longest,
         inputs=[{"path": str(source.path), "bytes": source.size} for source in job.sources],
+        plan=plan.described(),
+        files={name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
     )
 
 
-def _report(job: Job, output: Path, outcome: Outcome, seconds: float) -> None:
+def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float) -> None:
     size = sum(source.size for source in job.sources) / 1e6
     files = f"{len(job.sources)} file{'s' if len(job.sources) > 1 else ''}"
     console.print(
@@ -226,15 +452,24 @@ def _report(job: Job, output: Path, outcome: Outcome, seconds: float) -> None:
         f"({size / seconds:,.1f} MB/s)"
     )
     if not isinstance(job, TextJob):
-        share = outcome.learned / outcome.tokens
+        share = outcome.learned / max(outcome.tokens, 1)
         console.print(f"learned: {outcome.learned:,} tokens ({share:.0%}); longest sample: {outcome.longest:,}")
+    for count, what in ((outcome.cut, "cut to"), (outcome.split, "split at")):
+        if count:
+            console.print(f"{what} the sequence length: {count:,} samples")
     for source in job.sources:
         if source.size == 0:
             console.print(f"{source.path}: empty, nothing read")
     for line in _left_out(outcome):
         console.print(line)
+    if sum(outcome.left_out.values()) > NAMED:
+        console.print(f"  all of them: {path_of(output, f'{job.beside}{LEFT_OUT}')}")
+    if plan.pack is not None:
+        share = outcome.tokens / max(outcome.sequences * plan.pack, 1)
+        console.print(f"packed: {outcome.sequences:,} sequences of {plan.pack:,}, {share:.2%} of them filled")
     names = [path_of(output, suffix).name for suffix in job.outputs.values()]
-    console.print(f"written to {output.parent}: {', '.join(names)} (.bin and .idx), {_sidecar_path(job, output).name}")
+    beside = path_of(output, f"{job.beside}.meta.json").name
+    console.print(f"written to {output.parent}: {', '.join(names)} (.bin and .idx), {beside}")
 
 
 def _left_out(outcome: Outcome) -> list[str]:

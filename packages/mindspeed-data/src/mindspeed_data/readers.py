@@ -28,7 +28,6 @@ import orjson
 from mindspeed_core.errors import InputError
 from mindspeed_data.json_array import BOM, ArrayError, elements, reason_of
 from mindspeed_data.sources import Source, opened
-from mindspeed_data.sources import find as find
 
 CHUNK = 4 << 20  # bytes of uncompressed input per chunk
 ROW_LIMIT = 64 << 20  # bytes; what is longer is no row but another kind of file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ PAIRWISE = {
     for name in ("input_ids", "labels")
 }
 ORIGIN = ".origin"  # beside the ids: the number of the input and the line of every sample
+LEFT_OUT = ".left_out.jsonl"  # beside the ids: every row that is not in the data, with file, line and reason
 SCANNED = 4_000_000  # ids that are looked at where no sidecar names the tokenizer
 
 
@@ -49,7 +50,18 @@ class Sidecar:
     bos: int | None = None
     eod: int | None = None
     seq_length: int | None = None
+    longer: str | None = None
+    sequences: int | None = None  # in the files: where samples are packed, fewer than there are samples
+    cut: int = 0  # rows cut to seq_length
+    split: int = 0  # rows that became several samples
+    plan: dict[str, Any] = field(default_factory=dict)  # shard, mixing, packing
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"bytes", "sha256"}
     version: int = 1
+
+    @property
+    def packed(self) -> int | None:
+        """The length of packed sequences; None where every sequence is a sample."""
+        return self.plan.get("pack")
 
     @property
     def stand_ins(self) -> set[int]:

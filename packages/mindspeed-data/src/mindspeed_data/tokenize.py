@@ -15,6 +15,7 @@ from mindspeed_core.templates import Template, TokenizerTemplate
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.formats import Format
 from mindspeed_data.readers import Chunk, Fault, Rows, Source
+from mindspeed_data.shorten import Longer, shorten
 from mindspeed_data.sidecar import INSTRUCTION, PACKED, TEXT
 
 CHECKED = 20_000  # characters of a text that both encoders are compared on
@@ -36,6 +37,8 @@ class Encoded:
     faults: list[Fault]
     lines: list[int]  # lines in each of the chunk's byte ranges
     lengths_of: dict[str, NDArray[np.int32]] = field(default_factory=dict)  # of the files whose lengths differ
+    cut: int = 0  # rows that were cut to the sequence length, and that became several samples
+    split: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,7 @@ class InstructionJob(Job):
     template: Template | TokenizerTemplate
     learn: Learn = "answers"
     seq_length: int | None = None
+    longer: Longer = "drop"  # what becomes of a conversation of more tokens
 
     outputs: ClassVar[Mapping[str, str]] = INSTRUCTION
     beside: ClassVar[str] = PACKED
@@ -137,18 +141,21 @@ class InstructionJob(Job):
             **self.template.described(self.tokenizer),
             "learn": self.learn,
             "seq_length": self.seq_length,
+            "longer": self.longer,
         }
 
     def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
         rows, faults = Rows(chunk, self.sources), []
-        ids: list[int] = []
-        labels: list[int] = []
+        ids, labels = [np.empty(0, self.dtype)], [np.empty(0, self.dtype)]
         lengths, places = [], []
+        cut = split = 0
         for piece, line, sample in self._samples(rows, faults):
             try:
                 labelled = self.template.encode(
                     tokenizer, sample.messages, sample.system, sample.tools, learn=self.learn
                 )
+                row, target = np.array(labelled.ids, self.dtype), np.array(labelled.labels, self.dtype)
+                parts = shorten(target, self.seq_length, self.longer)
             except (TypeError, UnicodeError):
                 faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
                 continue
@@ -157,20 +164,17 @@ class InstructionJob(Job):
                 continue
             if not lengths:
                 self._proven(tokenizer, sample.messages[-1]["content"])
-            length = len(labelled.ids)
-            if self.seq_length is not None and length > self.seq_length:
-                faults.append(Fault(piece, line, f"longer than {self.seq_length} tokens: {length}"))
-                continue
-            ids += labelled.ids
-            labels += labelled.labels
-            lengths.append(length)
-            places.append((piece, line))
-        arrays = {
-            "input_ids": np.array(ids, self.dtype),
-            "attention_mask": np.ones(len(ids), self.dtype),
-            "labels": np.array(labels, self.dtype),
-        }
-        return Encoded(arrays, np.array(lengths, np.int32), places, faults, rows.lines)
+            if self.seq_length is not None and len(row) > self.seq_length:
+                cut += self.longer == "cut"
+                split += self.longer == "split"
+            for part in parts:
+                ids.append(row[part])
+                labels.append(target[part])
+                lengths.append(len(part))
+                places.append((piece, line))
+        whole = np.concatenate(ids)
+        arrays = {"input_ids": whole, "attention_mask": np.ones_like(whole), "labels": np.concatenate(labels)}
+        return Encoded(arrays, np.array(lengths, np.int32), places, faults, rows.lines, cut=cut, split=split)
 
 
 def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder:

@@ -1,0 +1,154 @@
+"""The second pass over a data set: samples in another order, or several of them in one sequence of fixed length.
+
+The first pass wrote every row in the order of the input. Which sample goes where follows from lengths and a seed alone, so memory
+holds a few bytes per sample; the ids are gathered block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mindspeed_data.fitting import best_fit
+from mindspeed_data.indexed import IndexedWriter, path_of
+
+BLOCK = 1 << 20  # ids that are gathered at once
+DRAWN = 1000  # sources that are drawn at once
+
+Mix = Literal["concat", "first_exhausted", "all_exhausted"]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How sequences of one length are filled up, per file, and which file numbers the samples instead."""
+
+    length: int
+    pads: Mapping[str, int]
+    numbered: str  # from 1 in every sequence; 0 is padding
+
+
+@dataclass(frozen=True)
+class Order:
+    """Samples one after the other, and how many of them each sequence takes: one if `counts` is None."""
+
+    samples: Ints
+    counts: Ints | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples if self.counts is None else self.counts)
+
+    def blocks(self, lengths: Ints) -> Iterator[tuple[Ints, Ints]]:
+        """Stretches of about BLOCK ids: their samples, and how many of those each sequence takes."""
+        counts = np.ones(len(self.samples), np.int64) if self.counts is None else self.counts
+        ends = np.concatenate(([0], np.cumsum(counts)))  # of sequences, in samples
+        sizes = np.concatenate(([0], np.cumsum(lengths[self.samples])))[ends]  # and in ids
+        first = 0
+        while first < len(counts):
+            last = max(first + 1, int(np.searchsorted(sizes, sizes[first] + BLOCK, "right")) - 1)
+            yield self.samples[ends[first] : ends[last]], counts[first:last]
+            first = last
+
+
+class Staged:
+    """What the first pass wrote of one file and nobody has published."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
+        self.lengths = _mapped(path_of(prefix, ".lengths.tmp"), np.dtype("<i4")).astype(np.int64)
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.ids = _mapped(path_of(prefix, ".bin.tmp"), dtype)
+
+    def gather(self, samples: Ints) -> NDArray[Any]:
+        """The ids of samples, one after the other."""
+        lengths = self.lengths[samples]
+        before = np.cumsum(lengths) - lengths
+        return self.ids[np.repeat(self.starts[samples] - before, lengths) + np.arange(int(lengths.sum()))]
+
+
+def interleave(counts: Sequence[int], weights: Sequence[float] | None, stop: Mix, seed: int) -> Ints:
+    """Return the samples of parts of `counts` samples, laid one after the other, in a mixed order.
+
+    The part of each sample is drawn by weight, or in turn without weights. It ends when the first part has been seen whole, or
+    when every part has, and those that end before begin anew. Order and ends are those of `datasets.interleave_datasets`.
+    """
+    if stop == "concat":
+        return np.arange(sum(counts))
+    starts = np.cumsum([0, *counts[:-1]])
+    if weights is None:
+        rounds = min(counts) if stop == "first_exhausted" else max(counts)
+        return (starts + np.arange(rounds)[:, None] % np.array(counts)).reshape(-1)
+    at, seen = [0] * len(counts), [False] * len(counts)
+    over = any if stop == "first_exhausted" else all
+    found: list[Ints] = []
+    for parts in _drawn(weights, seed):
+        block = []
+        for part in parts:
+            if over(seen):
+                return np.concatenate([*found, np.array(block, np.int64)])
+            block.append(int(starts[part]) + at[part])
+            at[part] += 1
+            if at[part] == counts[part]:
+                at[part], seen[part] = 0, True
+        found.append(np.array(block, np.int64))
+    raise AssertionError("the draws never end")
+
+
+def pack(lengths: Ints, samples: Ints, capacity: int, window: int | None) -> Order:
+    """Return samples in sequences of `capacity` ids: the whole set at once, or so many samples after the other."""
+    window = window or max(len(samples), 1)
+    ordered, counts = [samples[:0]], []
+    for start in range(0, len(samples), window):
+        part = samples[start : start + window]
+        packs = best_fit(lengths[part], capacity)
+        ordered += [part[pack] for pack in packs]
+        counts += map(len, packs)
+    return Order(np.concatenate(ordered), np.array(counts, np.int64))
+
+
+def write(
+    order: Order, staged: Mapping[str, Staged], writers: Mapping[str, IndexedWriter], filling: Filling | None
+) -> Iterator[int]:
+    """Write every file in that order; yield how many sequences are done."""
+    first = next(iter(staged.values()))
+    for samples, counts in order.blocks(first.lengths):
+        for name, writer in writers.items():
+            if filling is not None and (name in filling.pads or name == filling.numbered):
+                ids = _filled(staged[name], samples, counts, name, filling).astype(writer.dtype)
+                writer.add(ids, np.full(len(counts), filling.length, np.int32))
+            else:
+                lengths = staged[name].lengths[samples]
+                whole = np.add.reduceat(lengths, np.cumsum(counts) - counts)
+                writer.add(staged[name].gather(samples), whole.astype(np.int32))
+        yield len(counts)
+
+
+def _filled(staged: Staged, samples: Ints, counts: Ints, name: str, filling: Filling) -> NDArray[Any]:
+    """Sequences of one length, one after the other."""
+    lengths = staged.lengths[samples]
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    before = np.cumsum(lengths) - lengths  # among the ids of the block
+    begin = (np.cumsum(counts) - counts)[sequence]  # the first sample of the sequence
+    starts = sequence * filling.length + before - before[begin]
+    places = np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    out = np.full(len(counts) * filling.length, filling.pads.get(name, 0), np.int64)
+    if name == filling.numbered:
+        out[places] = np.repeat(np.arange(len(samples)) - begin + 1, lengths)
+    else:
+        out[places] = staged.gather(samples)
+    return out
+
+
+def _drawn(weights: Sequence[float], seed: int) -> Iterator[Sequence[int]]:
+    random = np.random.default_rng(seed)
+    shares = np.asarray(weights, np.float64)
+    while True:
+        yield random.choice(len(shares), size=DRAWN, p=shares / shares.sum()).tolist()
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.memmap(path, dtype, "r").view(np.ndarray) if path.stat().st_size else np.empty(0, dtype)

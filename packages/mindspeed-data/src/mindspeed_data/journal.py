@@ -1,0 +1,146 @@
+"""What a run has done so far, on the disk: after a kill the same command goes on behind the last chunk that was written.
+
+The journal holds a line about the job, then one per chunk: where it ended, what was counted, and how long every file was and its
+hash then. Files are appended to before that line is. Whatever ends a run, the next one cuts them back to the last line whose
+hashes hold, which after a kill is the last line, and after a loss of power perhaps one before.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from mindspeed_core.errors import InputError, writing
+
+BLOCK = 1 << 22  # bytes that are read at once
+TAIL = 1 << 18  # bytes of the end of a journal that are looked at
+
+Mark = tuple[int, str]  # the size of a file, and the hash of that much of it
+Line = dict[str, Any]
+
+
+class GrowingFile:
+    """A file that is appended to, and its hash. Nothing waits in memory: what was written outlives a kill."""
+
+    def __init__(self, path: Path, *, size: int = 0) -> None:
+        self.path = path
+        self.size = 0
+        self._hash = hashlib.sha256()
+        with writing(path):
+            if not size:
+                self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close
+                return
+            self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
+            while self.size < size and (block := self._file.read(min(BLOCK, size - self.size))):
+                self._hash.update(block)
+                self.size += len(block)
+            self._file.truncate(self.size)
+
+    @property
+    def mark(self) -> Mark:
+        return self.size, self._hash.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        with writing(self.path):
+            done = 0
+            while done < len(data):
+                done += self._file.write(memoryview(data)[done:])
+        self._hash.update(data)
+        self.size += len(data)
+
+    def sync(self) -> None:
+        """Wait until everything is on the disk, and close the file."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Journal:
+    """The journal of one run, locked while it is open."""
+
+    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+        self.path = path
+        with writing(path):
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by close
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise InputError(f"{path}: another run is writing this data set; wait for it, or end it") from error
+        self._head = json.dumps(job, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        self._file.seek(0)
+        found = self._file.read(len(self._head))
+        self.other = bool(found) and found != self._head  # what it holds is of another job
+        if found != self._head:
+            self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._cut(0)
+        self._write(self._head)
+
+    def add(self, line: Mapping[str, Any], files: Sequence[GrowingFile]) -> None:
+        """Note a chunk that is written to the files."""
+        marks = {file.path.name: file.mark for file in files}
+        self._write(json.dumps({**line, "files": marks}, ensure_ascii=False).encode() + b"\n")
+
+    def resume(self) -> Line | None:
+        """Return the last line whose files hold, and forget those behind it; None where none does."""
+        for line, end in reversed(self._tail()):
+            if _holds(self.path.parent, line["files"]):
+                self._cut(end)
+                return line
+        self.clear()
+        return None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    def _tail(self) -> list[tuple[Line, int]]:
+        """The last whole lines but the head, and where each of them ends."""
+        size = self._file.seek(0, os.SEEK_END)
+        start = max(len(self._head), size - TAIL)
+        self._file.seek(start)
+        *lines, _ = self._file.read().split(b"\n")  # behind the last newline is what a kill cut short
+        ends = list(accumulate((len(line) + 1 for line in lines), initial=start))[1:]
+        if start > len(self._head):
+            lines, ends = lines[1:], ends[1:]
+        return [(json.loads(line), end) for line, end in zip(lines, ends, strict=True)]
+
+    def _cut(self, size: int) -> None:
+        with writing(self.path):
+            self._file.truncate(size)
+
+    def _write(self, data: bytes) -> None:
+        with writing(self.path):
+            self._file.write(data)
+
+
+def digest(path: Path, size: int | None = None) -> str:
+    """Return the hash of a file, or of its first bytes; of a file that has fewer, that of all of them."""
+    hashed, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(BLOCK, left))):
+            hashed.update(block)
+            left -= len(block)
+    return hashed.hexdigest()
+
+
+def _holds(folder: Path, marks: Mapping[str, Sequence[Any]]) -> bool:
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size >= size and digest(folder / name, size) == known
+        for name, (size, known) in marks.items()
+    )
