@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mindspeed_data.packing import PackedSamples, best_fit, marks
+from mindspeed_data.fitting import best_fit
+from mindspeed_data.instruction import InstructionSamples
+from mindspeed_data.packing import PackedFiles, PackedSamples, marks, packed_length
 from mindspeed_data.pretrain import pretrain_datasets
+from tests.data.command import data
 from tests.data.test_pretrain import corpus
+from tests.tiny import tiny_tokenizer
 
 
 class Counted:
@@ -113,3 +119,41 @@ def test_marks_count_within_each_segment() -> None:
         "positions": [0, 1, 0, 0, 1, 2],
         "segments": [0, 0, 1, 2, 2, 2],
     }
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_sequences_packed_on_the_disk_are_those_packed_in_training(tmp_path: Path, described: bool) -> None:
+    rows = [{"instruction": "why " * (i % 7 + 1), "output": "because " * (i % 3 + 1)} for i in range(30)]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    folder = tiny_tokenizer(tmp_path / "tokenizer")
+    command = ["sft", tmp_path / "in.json", "--template", "chatml", "--tokenizer", folder, "--output"]
+    assert data(*command, tmp_path / "plain").returncode == 0
+    assert data(*command, tmp_path / "packed", "--pack", "--seq-length", 128).returncode == 0
+    if not described:
+        (tmp_path / "packed_packed.meta.json").unlink()
+        (tmp_path / "plain_packed.meta.json").unlink()
+    assert (packed_length(tmp_path / "plain"), packed_length(tmp_path / "packed")) == (None, 128)
+    samples = InstructionSamples(tmp_path / "plain")
+    packs = best_fit([len(samples[i]["tokens"]) + 1 for i in range(len(samples))], 128)
+    written = PackedFiles(tmp_path / "packed")
+    assert len(written) == len(packs)
+    for sequence, pack in zip((written[i] for i in range(len(written))), packs, strict=True):
+        ends = np.flatnonzero(np.diff(sequence["segments"].numpy(), append=-1)) + 1
+        parts = np.split(np.arange(128), ends[:-1])
+        assert len(parts) in (len(pack), len(pack) + 1)  # what is filled is one segment of its own
+        for part, sample in zip(parts, pack, strict=False):
+            own = samples[sample]  # without the last token, which predicts nothing
+            for name in ("tokens", "labels", "weights"):
+                assert sequence[name][part[:-1]].tolist() == own[name].tolist()
+            assert sequence["weights"][part[-1]] == 0
+            assert sequence["positions"][part].tolist() == list(range(len(part)))
+        assert float(sequence["weights"].sum()) == sum(float(samples[sample]["weights"].sum()) for sample in pack)
+
+
+def test_a_million_lengths_are_packed_in_two_seconds_and_nearly_full() -> None:
+    draw = np.random.default_rng(0)
+    lengths = np.clip(draw.lognormal(np.log(300), 1, 1_000_000).astype(np.int64), 1, 4096)
+    start = time.process_time()
+    packs = best_fit(lengths, 4096)
+    assert time.process_time() - start < 2
+    assert lengths.sum() / (4096 * len(packs)) >= 0.995

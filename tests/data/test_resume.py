@@ -127,6 +127,8 @@ def kill_and_go_on(folder: Path, output: Path, seed: int, *, packed: bool) -> No
         if process.returncode == 0:
             return
         assert process.returncode == -signal.SIGKILL, said
+        if not journal.exists() and done >= 0:
+            return  # killed when all was done
         now = _last(journal)
         assert now >= done  # nothing that was noted is lost
         done = now

@@ -11,8 +11,8 @@ import pytest
 
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data import sidecar
+from mindspeed_data.fitting import best_fit
 from mindspeed_data.indexed import IndexedDataset
-from mindspeed_data.packing import best_fit
 from tests.data.command import data
 from tests.harness import run_ranks
 from tests.train import runs
@@ -134,3 +134,56 @@ def test_a_packed_run_resumes_where_it_stopped(where: Path, tmp_path: Path) -> N
     runs.stop(recipe, "sft")
     runs.train(recipe, "sft")
     assert [line["loss"] for line in runs.metrics(tmp_path / "two")] == [line["loss"] for line in straight]
+
+
+def test_sequences_packed_on_the_disk_have_the_loss_of_their_samples(
+    model: dict[str, Any], where: Path, talk: Path, tmp_path: Path
+) -> None:
+    command = [
+        "sft",
+        where / "talk.json",
+        "--format",
+        "sharegpt",
+        "--template",
+        "empty",
+        "--tokenizer",
+        where / "tokenizer",
+    ]
+    run = data(*command, "--output", tmp_path / "talk", "--pack", "--seq-length", 64, "--longer", "cut")
+    assert run.returncode == 0, run.stderr
+    found = []
+    for valid in (talk, tmp_path / "talk"):
+        pack = valid != talk
+        sections = {"train": {"steps": 1, "eval_every": 1}, "data": {"pack": pack, "valid": str(valid)}}
+        lines = runs.train(_values(where, tmp_path / str(pack), "sft", model, **sections), "sft")
+        found.append(next(line["valid_loss"] for line in lines if line["step"] == 0))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_data_packed_on_the_disk_asks_for_its_recipe(where: Path, talk: Path, tmp_path: Path) -> None:
+    from mindspeed_core.errors import InputError
+    from mindspeed_train.config import Recipe
+    from mindspeed_train.tasks import TASKS
+
+    command = [
+        "sft",
+        where / "talk.json",
+        "--format",
+        "sharegpt",
+        "--template",
+        "empty",
+        "--tokenizer",
+        where / "tokenizer",
+    ]
+    assert data(*command, "--output", tmp_path / "talk", "--pack", "--seq-length", 48).returncode == 0
+    for sections, said in [
+        ({"seq_length": 48}, r"data\.pack: .* holds packed sequences; set data\.pack: true"),
+        ({"seq_length": 64, "pack": True}, r"data\.seq_length: .*; set data\.seq_length: 48"),
+    ]:
+        values = runs.values(where, tmp_path / "run", "sft", data={"train": str(tmp_path / "talk"), **sections})
+        with pytest.raises(InputError, match=said):
+            TASKS["sft"].check(Recipe.model_validate(values))
+    values = runs.values(
+        where, tmp_path / "run", "sft", data={"train": str(tmp_path / "talk"), "seq_length": 48, "pack": True}
+    )
+    TASKS["sft"].check(Recipe.model_validate(values))

@@ -10,16 +10,23 @@ samples, so a mean over tokens is what it is without packing.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from mindspeed_core.conversation import IGNORED
+from mindspeed_data import sidecar
 from mindspeed_data.fitting import best_fit
+from mindspeed_data.indexed import IndexedDataset
 
 if TYPE_CHECKING:
     from mindspeed_data.pretrain import Samples
+
+LOOKED_AT = 64  # sequences of a data set that nothing describes
 
 
 class PackedSamples:
@@ -46,6 +53,49 @@ class PackedSamples:
             parts.append({"tokens": filling + self._pad_id, "labels": filling, "weights": filling.float()})
         whole = {name: torch.cat([part[name] for part in parts]) for name in ("tokens", "labels", "weights")}
         return {**whole, **marks(sizes)}
+
+
+class PackedFiles:
+    """Sequences that were packed when they were written, by `mindspeed-data sft --pack` or by the original.
+
+    Samples are told apart by their numbers in the mask, never by the value of a token. Sequence i is {"tokens", "labels",
+    "positions", "segments": int64 [s], "weights": fp32 [s]}; the last token of a sample predicts nothing.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        base = sidecar.instruction_prefix(prefix)
+        files = {name: IndexedDataset(f"{base}{suffix}") for name, suffix in sidecar.INSTRUCTION.items()}
+        self._ids, self._numbers, self._labels = (files[name] for name in ("input_ids", "attention_mask", "labels"))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids, numbers, labels = self._ids[index], self._numbers[index], self._labels[index]
+        same = np.append(numbers[1:] == numbers[:-1], False)
+        following = np.append(labels[1:], IGNORED)
+        learned = same & (numbers != 0) & (following != IGNORED)
+        ends = np.flatnonzero(~same) + 1
+        return {
+            "tokens": torch.from_numpy(ids.astype(np.int64)),
+            "labels": torch.from_numpy(np.where(learned, following, 0).astype(np.int64)),
+            "weights": torch.from_numpy(learned.astype(np.float32)),
+            **marks(np.diff(ends, prepend=0).tolist()),
+        }
+
+
+def packed_length(prefix: str | Path) -> int | None:
+    """Return the length of the sequences of a data set that is packed on the disk; None where its samples lie on their own.
+
+    Of one without a description it is told from the first masks: unpacked ones hold nothing but 1.
+    """
+    base = sidecar.instruction_prefix(prefix)
+    if (known := sidecar.read(base)) is not None:
+        return known.packed
+    masks = IndexedDataset(f"{base}{sidecar.INSTRUCTION['attention_mask']}")
+    if any((masks[i] != 1).any() for i in range(min(len(masks), LOOKED_AT))):
+        return len(masks[0])
+    return None
 
 
 def marks(sizes: list[int]) -> dict[str, Tensor]:

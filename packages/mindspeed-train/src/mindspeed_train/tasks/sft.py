@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 from mindspeed_core.errors import InputError
 from mindspeed_core.parallel.context import length_multiple
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.batches import Collate, pad
 from mindspeed_data.instruction import InstructionSamples
-from mindspeed_data.packing import PackedSamples
+from mindspeed_data.packing import PackedFiles, PackedSamples, packed_length
 from mindspeed_data.pretrain import Samples
 from mindspeed_data.sidecar import instruction_prefix
 from mindspeed_train.config import Recipe
@@ -21,17 +21,19 @@ MULTIPLE = 8  # lengths are rounded up to a multiple of this, so that kernels se
 
 
 def _datasets(recipe: Recipe, model: Model) -> tuple[Samples, Samples | None]:
+    valid = recipe.data.valid if recipe.train.eval_every else None
+    return _samples(recipe.data.train, recipe, model), None if valid is None else _samples(valid, recipe, model)
+
+
+def _samples(data: str | Mapping[str, float], recipe: Recipe, model: Model) -> Samples:
+    (prefix,) = Task.prefixes(data)
     length = model.seq_length(recipe)
-    train, valid = (
-        InstructionSamples(Task.prefixes(data)[0], seq_length=length) if data else None
-        for data in (recipe.data.train, recipe.data.valid if recipe.train.eval_every else None)
-    )
-    assert train is not None
+    if packed_length(prefix) is not None:
+        return PackedFiles(prefix)
+    samples = InstructionSamples(prefix, seq_length=length)
     if not recipe.data.pack:
-        return train, valid
-    pad_id = Tokenizer.load(model.tokenizer).padding
-    pack = partial(PackedSamples, length=length, pad_id=pad_id)
-    return pack(train, train.lengths), valid and pack(valid, valid.lengths)
+        return samples
+    return PackedSamples(samples, samples.lengths, length=length, pad_id=Tokenizer.load(model.tokenizer).padding)
 
 
 def _collate(recipe: Recipe, model: Model) -> Collate | None:
@@ -48,12 +50,25 @@ def _check(recipe: Recipe) -> None:
             problems.append(
                 f"data.{name}: fine-tuning takes one prefix; write all files into one data set with mindspeed-data sft"
             )
+        problems += [line for prefix in Task.prefixes(getattr(recipe.data, name)) for line in _packed(prefix, recipe)]
     if recipe.data.split is not None:
         problems.append(
             "data.split: is for pretraining text; write a validation set of its own and name it as data.valid"
         )
     if problems:
         raise InputError("\n".join(problems))
+
+
+def _packed(prefix: str, recipe: Recipe) -> Iterator[str]:
+    """What a recipe lacks for data that is packed on the disk; where there is no data, that is said elsewhere."""
+    try:
+        length = packed_length(prefix)
+    except InputError:
+        return
+    if length is not None and not recipe.data.pack:
+        yield f"data.pack: {prefix} holds packed sequences; set data.pack: true, or write it without --pack"
+    if length is not None and recipe.data.seq_length != length:
+        yield f"data.seq_length: {prefix} holds packed sequences of {length:,} tokens; set data.seq_length: {length}"
 
 
 SFT = Task(
