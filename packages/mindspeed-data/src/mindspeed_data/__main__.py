@@ -242,6 +242,22 @@ def show(
 
 
 @app.command()
+def stats(
+    prefix: Annotated[Path, typer.Argument(help="Prefix of a data set, as --output gave it.")],
+    seq_length: Annotated[
+        list[int] | None,
+        typer.Option("--seq-length", min=2, help="Sequences to be filled by packing; may be given several times."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One object instead of text.")] = False,
+) -> None:
+    """How long the samples are, and how full sequences become when they are packed."""
+    from mindspeed_data import stats as numbers
+
+    told = numbers.stats(prefix, seq_lengths=tuple(seq_length or ()))
+    print(json.dumps(told) if as_json else numbers.table(prefix, told))
+
+
+@app.command()
 def merge(
     prefixes: Annotated[list[Path], typer.Argument(help="Data sets to join, or P alone for its shards P-i-of-n.")],
     output: Annotated[
