@@ -1,5 +1,4 @@
 import hashlib
-import io
 import json
 import os
 import re
@@ -8,8 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +14,9 @@ import pytest
 
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data import readers, sidecar
-from mindspeed_data.__main__ import main
 from mindspeed_data.indexed import IndexedDataset
 from mindspeed_data.sources import find
+from tests.data.command import data
 from tests.tiny import tiny_tokenizer
 
 ALPACA = [
@@ -32,23 +29,6 @@ ALPACA = [
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@dataclass
-class Run:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def data(*arguments: object) -> Run:
-    """Run the command in this process: its start would take longer than its work."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["mindspeed-data", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return Run(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def lines(path: Path, count: int) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_core.tokenizer import Tokenizer
 from tests.data.command import data
 from tests.tiny import tiny_tokenizer
 
@@ -72,3 +73,16 @@ def test_data_of_others_says_nothing_of_where_it_came_from(tokenizer: Path, answ
     run = data("show", tmp_path / "x", "--tokenizer", tokenizer, "-n", 1)
     assert run.stdout.splitlines()[0] == "--- sample 0 of 3"
     assert "which tokenizer made it; name it with --tokenizer" in data("show", tmp_path / "x").stderr
+
+
+def test_the_samples_of_a_packed_sequence_are_shown_one_by_one(tokenizer: Path, answers: Path, tmp_path: Path) -> None:
+    size = len(Tokenizer.load(tokenizer).encode(f"{QUESTION}b<|im_end|>"))
+    command = ["sft", answers / "1.jsonl", "--tokenizer", tokenizer, "--template", "chatml", "--output", tmp_path / "x"]
+    assert data(*command, "--pack", "--seq-length", 2 * size + 3).returncode == 0
+    shown = data("show", tmp_path / "x").stdout
+    assert shown == (
+        "--- sequence 0 of 1\n"
+        f"- sample 1 of 2, from {answers}/1.jsonl:1\n{size} tokens, 2 of them learned\n{QUESTION}«b<|im_end|>»\n"
+        f"- sample 2 of 2, from {answers}/1.jsonl:3\n{size} tokens, 2 of them learned\n{QUESTION}«c<|im_end|>»\n"
+        "- 3 tokens of filling\n"
+    )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import TextStream, Tokenizer
 from mindspeed_data import sidecar
 from mindspeed_data.indexed import IndexedDataset, path_of
-
-COLOURS = {"rejected": "bold red"}  # of what is learned; green for the rest
 
 
 def show(prefix: Path, *, tokenizer: Path | None, start: int, count: int, length: int) -> None:
@@ -33,19 +35,45 @@ def show(prefix: Path, *, tokenizer: Path | None, start: int, count: int, length
     origins = _Origins(prefix, known)
     out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for i in range(start, min(start + count, len(ids))):
-        out.print(f"--- sample {i} of {len(ids):,}{origins.of(i)}", style="bold")
-        for which in ("", "chosen_", "rejected_"):
-            if (data := files.get(f"{which}input_ids", files.get("text") if not which else None)) is not None:
-                labels = files.get(f"{which}labels")
-                _show(out, loaded, which.rstrip("_"), data[i], None if labels is None else labels[i], length)
+        samples = _samples(files["attention_mask"][i]) if "attention_mask" in files else [slice(0, len(ids[i]))]
+        packed = samples != [slice(0, len(ids[i]))]
+        places = origins.of(i, len(samples))
+        out.print(
+            f"--- sequence {i} of {len(ids):,}" if packed else f"--- sample {i} of {len(ids):,}{places[0]}",
+            style="bold",
+        )
+        for number, (part, place) in enumerate(zip(samples, places, strict=True), 1):
+            if packed:
+                out.print(f"- sample {number} of {len(samples)}{place}", style="bold")
+            for which, texts, labels in _texts(files):
+                part = part if which is None else slice(None)
+                _show(out, loaded, which, texts[i][part], None if labels is None else labels[i][part], length)
+        if filling := len(ids[i]) - samples[-1].stop:
+            out.print(f"- {filling:,} tokens of filling", style="bold")
     sys.stdout.flush()
 
 
-def _show(out: Any, tokenizer: Tokenizer, which: str, ids: Any, labels: Any, length: int) -> None:
-    """Print one sequence of ids below how long it is."""
+def _texts(files: dict[str, IndexedDataset]) -> list[tuple[str | None, IndexedDataset, IndexedDataset | None]]:
+    """What is to be shown of a sample: which of its answers it is, ids and labels."""
+    if "chosen_input_ids" in files:
+        return [(which, files[f"{which}_input_ids"], files[f"{which}_labels"]) for which in ("chosen", "rejected")]
+    return [(None, files["text" if "text" in files else "input_ids"], files.get("labels"))]
+
+
+def _samples(mask: NDArray[Any]) -> list[slice]:
+    """The samples of a sequence, which the mask numbers from 1; what it calls 0 fills the end."""
+    end = int(np.count_nonzero(mask))
+    cuts = [0, *(np.flatnonzero(np.diff(mask[:end])) + 1).tolist(), end]
+    return [slice(*pair) for pair in pairwise(cuts)]
+
+
+def _show(
+    out: Any, tokenizer: Tokenizer, which: str | None, ids: NDArray[Any], labels: NDArray[Any] | None, length: int
+) -> None:
+    """Print one text below how long it is."""
     from rich.text import Text
 
-    head = f"{which + ': ' if which else ''}{len(ids):,} tokens"
+    head = f"{f'{which}: ' if which else ''}{len(ids):,} tokens"
     if labels is not None:
         head += f", {int((labels != IGNORED).sum()):,} of them learned"
     out.print(f"{head}{f' (the first {length:,})' if len(ids) > length else ''}", style="dim")
@@ -56,7 +84,7 @@ def _show(out: Any, tokenizer: Tokenizer, which: str, ids: Any, labels: Any, len
         if not is_learned:
             text.append(part, "" if labels is None else "dim")
         else:
-            text.append(part if out.is_terminal else f"«{part}»", COLOURS.get(which, "bold green"))
+            text.append(part if out.is_terminal else f"«{part}»", "bold red" if which == "rejected" else "bold green")
     out.print(text)
 
 
@@ -84,8 +112,9 @@ class _Origins:
         self._places = IndexedDataset(path) if known is not None and path_of(path, ".idx").exists() else None
         self._inputs = [] if known is None else [source["path"] for source in known.inputs]
 
-    def of(self, sample: int) -> str:
+    def of(self, sequence: int, samples: int) -> list[str]:
+        """Return ", from FILE:LINE" for each sample of a sequence; nothing where it is not known."""
         if self._places is None:
-            return ""
-        places = self._places[sample].reshape(-1, 2).tolist()
-        return ", from " + ", ".join(f"{self._inputs[file]}{f':{line}' if line else ''}" for file, line in places)
+            return [""] * samples
+        places = self._places[sequence].reshape(-1, 2).tolist()
+        return [f", from {self._inputs[file]}{f':{line}' if line else ''}" for file, line in places]
