@@ -121,20 +121,23 @@ def _differentiate(logits: Tensor, local: Tensor, scale: Tensor, real: int, grou
     wide = logits.float()  # the same tensor where it is fp32 already
     if real < rows:
         wide[:, real:] = float("-inf")
-    peak = wide.amax(-1)
-    if group is not None:
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    wide -= peak[:, None]
     mine = (local >= 0) & (local < rows)
     at = local.clamp(0, rows - 1)[:, None]
-    target = wide.gather(1, at)[:, 0].masked_fill(~mine, 0.0)
-    sums = wide.exp_().sum(-1)
+    target, peak = wide.gather(1, at)[:, 0], wide.amax(-1)
     if group is not None:
-        both = torch.stack((sums, target))
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    target = (target - peak).masked_fill(~mine, 0.0)
+    # d loss / d logits = (softmax - one hot) * weight of the token
+    if group is None:
+        wide = torch.softmax(wide, -1)  # fewer passes than its parts
+        sums = 1 / wide.amax(-1)
+        wide *= scale[:, None]
+    else:
+        wide -= peak[:, None]
+        both = torch.stack((wide.exp_().sum(-1), target))
         dist.all_reduce(both, group=group)
         sums, target = both.unbind(0)
-    # d loss / d logits = (softmax - one hot) * weight of the token
-    wide *= (scale / sums)[:, None]
+        wide *= (scale / sums)[:, None]
     wide.scatter_add_(1, at, torch.where(mine, -scale, torch.zeros_like(scale))[:, None])
     if wide is not logits:
         logits.copy_(wide)
