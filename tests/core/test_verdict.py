@@ -47,7 +47,7 @@ def waiting(rank, standing=SUM):
         (
             [left, waiting(0)],
             1,
-            "error: rank 1 ended before its work was done, with exit code 0 and gave no reason; "
+            "error: rank 1 ended with exit code 0 before its work was done and gave no reason; "
             f"rank 0 waited {IN_SUM}\n",
         ),
         (
@@ -112,6 +112,7 @@ def test_ranks_that_go_on_after_rank_0_are_told():
     [
         (RuntimeError("[gloo/pair.cc] Connection closed by peer [127.0.0.1]:4711"), SUM, "echo"),
         (RuntimeError("Timed out waiting 4000ms for recv operation to complete"), SUM, "overdue"),
+        (RuntimeError("Wait timeout"), SUM, "overdue"),
         (RuntimeError("the door timed out"), READS, "fault"),
         (ValueError("Connection closed by peer"), SUM, "fault"),
         (RuntimeError("shapes do not match"), SUM, "fault"),

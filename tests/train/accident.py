@@ -42,6 +42,7 @@ def skip() -> step.Loss:
 
 
 PLACES = {
+    "meet": (launch, "rendezvous"),
     "start": (trainer, "find_model"),  # when the ranks have met
     "loss": (step, "_loss"),  # in the forward pass of the last stage
     "save": (native, "_write"),
@@ -66,10 +67,24 @@ def hurt(honest: Callable[..., Any], accident: Callable[[], Any], *, number: int
     return function
 
 
+def together(honest: Callable[[], Any], note: str) -> Callable[[], Any]:
+    """Return `rendezvous` for ranks that are patient for seconds only: on a busy machine they load at different speeds."""
+
+    def rendezvous() -> Any:
+        rank, size = launch.world()
+        Path(f"{note}-{rank}").touch()
+        while not all(Path(f"{note}-{other}").exists() for other in range(size)):
+            time.sleep(0.02)
+        return honest()
+
+    return rendezvous
+
+
 if __name__ == "__main__":
     what, where, rank, note = os.environ["ACCIDENT"].split(",")
     if launch.world() == (int(rank), 2):
         module, name = PLACES[where]
-        number = 1 if where == "start" else 2
+        number = 1 if where in ("meet", "start") else 2
         setattr(module, name, hurt(getattr(module, name), ACCIDENTS[what], number=number, note=note))
+    launch.rendezvous = together(launch.rendezvous, note)
     program.main()

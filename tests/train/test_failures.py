@@ -18,7 +18,9 @@ import pytest
 
 from mindspeed_core.checkpoint import native
 from mindspeed_core.errors import InputError
-from tests.harness import ROOT, RankError, run_command, run_ranks
+from mindspeed_core.recipe import load
+from mindspeed_train.config import Recipe
+from tests.harness import ROOT, RankError, run_ranks
 from tests.train import runs
 
 TIMEOUT = 6  # seconds a rank waits for the others
@@ -75,6 +77,14 @@ KILLED = (
 )
 
 
+def test_a_patience_that_no_run_can_keep_is_refused(where: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(runs.values(where, tmp_path / "run")))
+    for seconds in ("0", "1e9"):
+        with pytest.raises(InputError, match=r"train\.timeout: must be .*\d"):
+            load(Recipe, file, [f"train.timeout={seconds}"])
+
+
 @pytest.mark.parametrize(
     ("layout", "waited"),
     [
@@ -82,6 +92,7 @@ KILLED = (
         ("pp", r"\w+ of pp \(ranks 0, 1\) at p2p_communication\.py:\d+, in step \d"),
         ("dp", r"all_reduce of dp x cp \(ranks 0, 1\) at \w+\.py:\d+, in step \d"),
     ],
+    ids=["tp", "pp", "dp"],
 )
 def test_a_rank_that_is_killed_in_a_step_is_named_and_so_is_what_the_others_waited_for(
     layout: str, waited: str, hurt: Hurt
@@ -92,25 +103,29 @@ def test_a_rank_that_is_killed_in_a_step_is_named_and_so_is_what_the_others_wait
     assert "Traceback" not in done.stderr
 
 
+EARLY = "ended with exit code 0 before its work was done and gave no reason"
+
+
 @pytest.mark.parametrize(
-    ("accident", "code", "told"),
+    ("accident", "told"),
     [
-        (
-            "leave,loss,1",
-            1,
-            r"error: rank 1 ended before its work was done, with exit code 0 and gave no reason; rank 0 waited in .*",
-        ),
-        ("crash,loss,1", 1, r"error: rank 1 was killed by SIGSEGV; rank 0 waited in .*"),
-        (
+        ("leave,loss,1", f"error: rank 1 {EARLY}; rank 0 waited in .*, in step \\d"),
+        pytest.param(
             "leave,start,0",
-            1,
-            r"error: rank 0 ended before its work was done, with exit code 0 .*; rank 1 waited in .*, at the start of the run",
+            f"error: rank 0 {EARLY}; rank 1 waited in .*, at the start of the run",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "crash,loss,1",
+            "error: rank 1 was killed by SIGSEGV; rank 0 waited in .*, in step \\d",
+            marks=pytest.mark.slow,
         ),
     ],
+    ids=["leaves", "leaves at the start", "crashes"],
 )
-def test_a_rank_that_leaves_without_a_word_is_named(accident: str, code: int, told: str, hurt: Hurt) -> None:
+def test_a_rank_that_ends_without_a_word_is_named(accident: str, told: str, hurt: Hurt) -> None:
     done = hurt(accident, "parallel.tp=2")
-    assert done.returncode == code
+    assert done.returncode == 1
     assert re.fullmatch(told, done.stderr.splitlines()[-1]), done.stderr
 
 
@@ -125,17 +140,26 @@ def test_an_error_on_one_rank_is_told_with_what_the_other_waited_for(hurt: Hurt)
     assert done.stderr.count("Traceback") == 1
 
 
-def test_a_rank_that_hangs_is_named_and_where_it_stands(hurt: Hurt) -> None:
-    done = hurt("hang,loss,1", "parallel.tp=2", f"train.timeout={TIMEOUT}")
+@pytest.mark.parametrize(
+    ("place", "stands", "waited"),
+    [
+        ("loss", "in step 1", r"6 s in all_reduce of tp \(ranks 0, 1\)"),
+        pytest.param("meet", "at the start of the run", "in init_process_group of all ranks", marks=pytest.mark.slow),
+    ],
+    ids=["in a step", "before it joins"],
+)
+def test_a_rank_that_hangs_is_named_and_where_it_stands(place: str, stands: str, waited: str, hurt: Hurt) -> None:
+    done = hurt(f"hang,{place},1", "parallel.tp=2", f"train.timeout={TIMEOUT}")
     assert done.returncode == 2
     told = (
-        r"error: rank 1 did not come: it stood in hang \(accident\.py:\d+\), in step \d; rank 0 waited 6 s in all_reduce of "
-        r"tp \(ranks 0, 1\) at \w+\.py:\d+, in step \d\. .* \(train\.timeout of a recipe\)"
+        rf"error: rank 1 did not come: it stood in hang \(accident\.py:\d+\), {stands}; "
+        rf"rank 0 waited {waited} at \w+\.py:\d+, {stands}\. .* \(train\.timeout of a recipe\)"
     )
     assert re.fullmatch(told, done.stderr.splitlines()[-1]), done.stderr
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_skips_a_collective_is_told_from_one_that_hangs(hurt: Hurt) -> None:
     done = hurt("skip,sum,1", "parallel.tp=2", f"train.timeout={TIMEOUT}")
     assert done.returncode == 1
@@ -153,9 +177,7 @@ def test_a_rank_that_is_killed_while_it_saves_leaves_the_checkpoint_before(hurt:
     assert re.fullmatch(f"{KILLED}; {waited}", done.stderr.splitlines()[-1]), done.stderr
     checkpoints = tmp_path / "run" / "checkpoints"
     assert native.latest(checkpoints) == checkpoints / "step_1"
-    again = run_command("mindspeed-train", "pretrain", tmp_path / "recipe.yaml")
-    assert again.returncode == 0, again.stderr
-    assert "continuing after step 1 of 3" in again.stderr
+    runs.train(json.loads((tmp_path / "recipe.yaml").read_text()))  # on one rank
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_2", "step_3"]
     assert [line["step"] for line in runs.metrics(tmp_path / "run")] == [1, 2, 3]
 
@@ -170,6 +192,7 @@ def test_under_torchrun_those_that_are_left_say_what_they_waited_for(hurt: Hurt)
     assert "Signal 9 (SIGKILL)" in done.stderr  # torchrun's own report
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_rank_that_hangs_says_where_it_stands(hurt: Hurt) -> None:
     done = hurt("hang,loss,1", "parallel.tp=2", f"train.timeout={TIMEOUT}", launcher=TORCHRUN)
     assert done.returncode == 1

@@ -137,7 +137,7 @@ def listen() -> None:
     """
     if not launched() or threading.current_thread() is not threading.main_thread():
         return
-    faulthandler.enable(all_threads=False)  # a rank that crashes shows in which function
+    faulthandler.enable()  # a rank that crashes shows in which function
     hears, tells = os.pipe()
     os.set_blocking(tells, False)
     signal.signal(signal.SIGTERM, _heard)

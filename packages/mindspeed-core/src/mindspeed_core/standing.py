@@ -119,12 +119,12 @@ def _held(frame: FrameType) -> Iterator[Any]:
 
 def _named(group: Any) -> str | None:
     """Return a group as a person calls it; None for what is no group."""
-    torch = sys.modules.get(COLLECTIVES)
-    if torch is None or not isinstance(group, torch.ProcessGroup):
+    collectives = sys.modules.get(COLLECTIVES)  # a command that has not loaded torch waits in none
+    if collectives is None or not isinstance(group, collectives.ProcessGroup):
         return None
     if group.group_desc == "default_pg":
         return "all ranks"
-    ranks = f"ranks {', '.join(map(str, torch.get_process_group_ranks(group)))}"
+    ranks = f"ranks {', '.join(map(str, collectives.get_process_group_ranks(group)))}"
     axis = AXES.get(group.group_desc)
     return ranks if axis is None else f"{axis} ({ranks})"
 

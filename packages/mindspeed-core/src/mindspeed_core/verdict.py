@@ -16,16 +16,10 @@ Kind = Literal["interrupted", "killed", "input", "fault", "dead", "overdue", "ec
 CAUSES: tuple[Kind, ...] = ("interrupted", "killed", "input", "fault", "dead", "overdue", "echo")
 ABSENT: tuple[Kind, ...] = ("stopped", "deaf", "done")
 
-# What torch, gloo, nccl and hccl say when a peer does not come, and when a peer is gone.
+# What torch, gloo, nccl and hccl say, in their own cases, of a peer that does not come, and of one that is gone.
 SIGNS: dict[Kind, tuple[str, ...]] = {
-    "overdue": ("Timed out", "timed out", "wait timeout after", "collective operation timeout"),
-    "echo": (
-        "by peer",
-        "Broken pipe",
-        "Connection refused",
-        "failed to recv",
-        "remote process exited",
-    ),
+    "overdue": ("timed out", "timeout"),
+    "echo": ("by peer", "broken pipe", "connection refused", "failed to recv", "remote process exited"),
 }
 
 
@@ -65,7 +59,8 @@ def kind_of(error: BaseException | None, standing: Standing | None) -> Kind:
     """Return whether an error that came from there is the rank's own, or speaks of its peers."""
     if not isinstance(error, RuntimeError):  # as all of torch.distributed are
         return "fault"
-    found = next((kind for kind, signs in SIGNS.items() if any(sign in str(error) for sign in signs)), None)
+    text = str(error).lower()
+    found = next((kind for kind, signs in SIGNS.items() if any(sign in text for sign in signs)), None)
     if found is None or (found == "overdue" and not (standing and standing.waits)):
         return "fault"
     return found
@@ -99,8 +94,9 @@ def _dead(cause: Ending, others: Sequence[Ending]) -> tuple[int, str]:
     if cause.code < 0:
         # perhaps its library gave up waiting, as nccl and hccl do: then it matters who did not come
         return 1, f"{cause.text}error: {cause.name} was killed by {_signal(cause)}{_waited(others)}{_stood(others)}\n"
-    how = f"ended {'' if cause.code else 'before its work was done, '}with exit code {cause.code} and gave no reason"
-    return 1, f"{cause.text}error: {cause.name} {how}{_waited(others)}\n"
+    early = "" if cause.code else " before its work was done"
+    told = f"{cause.name} ended with exit code {cause.code}{early} and gave no reason"
+    return 1, f"{cause.text}error: {told}{_waited(others)}\n"
 
 
 def _overdue(cause: Ending, others: Sequence[Ending]) -> tuple[int, str]:
