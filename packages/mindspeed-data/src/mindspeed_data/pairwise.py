@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +23,8 @@ from mindspeed_data.conversations import (
     listed,
 )
 from mindspeed_data.formats import Format, Keys, Record
-from mindspeed_data.readers import Chunk, Fault, Rows
+from mindspeed_data.readers import Chunk, Rows
+from mindspeed_data.shorten import check_length
 from mindspeed_data.sidecar import PACKED, PAIRWISE
 from mindspeed_data.tokenize import Encoded, Job
 
@@ -54,26 +56,14 @@ class PairwiseJob(Job):
         arrays: dict[str, list[int]] = {name: [] for name in PAIRWISE}
         lengths: dict[str, list[int]] = {name: [] for name in PAIRWISE}
         places = []
-        for piece, line, pair in self._samples(rows, faults):
-            try:
-                both = {which: self._labelled(tokenizer, pair, which) for which in ("chosen", "rejected")}
-            except (TypeError, UnicodeError):
-                faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
-                continue
-            except ValueError as error:
-                faults.append(Fault(piece, line, str(error)))
-                continue
+        for place, pair, both in self._encoded(rows, faults, partial(self._both, tokenizer)):
             if not places:
                 self._proven(tokenizer, pair.chosen["content"])
-            longest = max(len(labelled.ids) for labelled in both.values())
-            if self.seq_length is not None and longest > self.seq_length:
-                faults.append(Fault(piece, line, f"longer than {self.seq_length} tokens: {longest}"))
-                continue
             for which, labelled in both.items():
                 for name, values in (("input_ids", labelled.ids), ("labels", labelled.labels)):
                     arrays[f"{which}_{name}"] += values
                     lengths[f"{which}_{name}"].append(len(values))
-            places.append((piece, line))
+            places.append(place)
         counted = {name: _int32(values) for name, values in lengths.items()}
         return Encoded(
             {name: np.array(values, self.dtype) for name, values in arrays.items()},
@@ -84,10 +74,15 @@ class PairwiseJob(Job):
             counted,
         )
 
-    def _labelled(self, tokenizer: Tokenizer, pair: Pair, which: str) -> Labelled:
+    def _both(self, tokenizer: Tokenizer, pair: Pair) -> dict[str, Labelled]:
+        """The conversation with either answer."""
         asked = pair.asked
-        messages = (*asked.messages, getattr(pair, which))
-        return self.template.encode(tokenizer, messages, asked.system, asked.tools, learn="last")
+        both = {
+            which: self.template.encode(tokenizer, (*asked.messages, message), asked.system, asked.tools, learn="last")
+            for which, message in (("chosen", pair.chosen), ("rejected", pair.rejected))
+        }
+        check_length(max(len(labelled.ids) for labelled in both.values()), self.seq_length)
+        return both
 
 
 def _int32(values: list[int]) -> NDArray[np.int32]:

@@ -19,7 +19,8 @@ from mindspeed_core.conversation import IGNORED, Labelled
 from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.formats import Format, Keys, Record, kind_of, string
-from mindspeed_data.readers import Chunk, Fault, Rows
+from mindspeed_data.readers import Chunk, Rows
+from mindspeed_data.shorten import check_length
 from mindspeed_data.sidecar import INSTRUCTION, PACKED
 from mindspeed_data.tokenize import Encoded, Job
 
@@ -65,22 +66,14 @@ class ProcessRewardJob(Job):
         ids: list[int] = []
         labels: list[int] = []
         lengths, places = [], []
-        for piece, line, solution in self._samples(rows, faults):
-            try:
-                labelled = _labelled(tokenizer, solution, self.marks.placeholder, placeholder, rewards)
-            except (TypeError, UnicodeError):
-                faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
-                continue
+        marked = partial(_labelled, tokenizer, self.marks.placeholder, placeholder, rewards, self.seq_length)
+        for place, solution, labelled in self._encoded(rows, faults, marked):
             if not places:
                 self._proven(tokenizer, solution.parts[0])
-            length = len(labelled.ids)
-            if self.seq_length is not None and length > self.seq_length:
-                faults.append(Fault(piece, line, f"longer than {self.seq_length} tokens: {length}"))
-                continue
             ids += labelled.ids
             labels += labelled.labels
-            lengths.append(length)
-            places.append((piece, line))
+            lengths.append(len(labelled.ids))
+            places.append(place)
         arrays = {
             "input_ids": np.array(ids, self.dtype),
             "attention_mask": np.ones(len(ids), self.dtype),
@@ -105,7 +98,12 @@ def token_ids(marks: Marks, tokenizer: Tokenizer) -> tuple[int, dict[str, int]]:
 
 
 def _labelled(
-    tokenizer: Tokenizer, solution: Solution, text: str, placeholder: int, rewards: dict[str, int]
+    tokenizer: Tokenizer,
+    text: str,
+    placeholder: int,
+    rewards: dict[str, int],
+    seq_length: int | None,
+    solution: Solution,
 ) -> Labelled:
     """The ids of a whole text if each of its placeholders is the one token; else those of its parts, around them."""
     ids = tokenizer.encode(text.join(solution.parts))
@@ -113,6 +111,7 @@ def _labelled(
         ids = tokenizer.encode(solution.parts[0])
         for part in solution.parts[1:]:
             ids += [placeholder, *tokenizer.encode(part)]
+    check_length(len(ids), seq_length)
     worth = iter(solution.rewards)
     return Labelled(ids, [rewards[next(worth)] if id == placeholder else IGNORED for id in ids])
 

@@ -12,6 +12,12 @@ from mindspeed_core.conversation import IGNORED
 Longer = Literal["drop", "cut", "split"]
 
 
+def check_length(size: int, length: int | None) -> None:
+    """Raise ValueError for a sample of more tokens than a sequence has."""
+    if length is not None and size > length:
+        raise ValueError(f"longer than {length} tokens: {size}")
+
+
 def shorten(labels: NDArray[Any], length: int | None, longer: Longer) -> list[NDArray[np.int64]]:
     """Return the positions of each sample that a row with these labels becomes; ValueError where it becomes none.
 
@@ -22,7 +28,7 @@ def shorten(labels: NDArray[Any], length: int | None, longer: Longer) -> list[ND
     if length is None or size <= length:
         return [positions]
     if longer == "drop":
-        raise ValueError(f"longer than {length} tokens: {size}")
+        check_length(size, length)
     parts = [cut(labels, length)] if longer == "cut" else np.split(positions, range(length, size, length))
     learned = [part for part in parts if (labels[part] != IGNORED).any()]
     if not learned:

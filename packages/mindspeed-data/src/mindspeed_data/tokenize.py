@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, ClassVar
+from functools import lru_cache, partial
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,11 @@ from mindspeed_data.readers import Chunk, Fault, Rows, Source
 from mindspeed_data.shorten import Longer, shorten
 from mindspeed_data.sidecar import INSTRUCTION, PACKED, TEXT
 
-CHECKED = 20_000  # characters of a text that both encoders are compared on
+CHECKED = 20_000  # characters of a text that both encoders are compared on before the run
+CHECKED_AGAIN = 2_000  # and in every chunk, where the slower one would take a quarter of the time otherwise
 
 Encoder = Callable[[str], Any]  # text -> ids, as a list or an array
+Ids = TypeVar("Ids")
 
 
 class EncoderError(Exception):
@@ -68,8 +70,10 @@ class Job:
     def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
         raise NotImplementedError
 
-    def _samples(self, rows: Rows, faults: list[Fault]) -> Iterator[tuple[int, int, Any]]:
-        """The samples of rows with their place; what is no sample is added to the faults."""
+    def _encoded(
+        self, rows: Rows, faults: list[Fault], encode: Callable[[Any], Ids]
+    ) -> Iterator[tuple[tuple[int, int], Any, Ids]]:
+        """The samples of rows with their piece and line and their ids; what is no sample is added to the faults."""
         for row in rows:
             if isinstance(row, Fault):
                 faults.append(row)
@@ -78,13 +82,22 @@ class Job:
                 missing = self.format.missing(row.record, self.keys)
                 if missing:
                     raise ValueError(f"no key {missing[0]}")
-                yield row.piece, row.line, self.format.read(row.record, self.keys)
+                sample = self.format.read(row.record, self.keys)
             except ValueError as error:
                 faults.append(Fault(row.piece, row.line, str(error)))
+                continue
+            try:
+                ids = encode(sample)
+            except (TypeError, UnicodeError):  # "\ud800" written in JSON
+                faults.append(Fault(row.piece, row.line, "half of a surrogate pair, not text"))
+            except ValueError as error:
+                faults.append(Fault(row.piece, row.line, str(error)))
+            else:
+                yield (row.piece, row.line), sample, ids
 
     def _proven(self, tokenizer: Tokenizer, text: str) -> None:
-        """Compare both encoders on one more text of the run."""
-        part = text[:CHECKED]
+        """Compare both encoders on the beginning of one more text of the run."""
+        part = text[:CHECKED_AGAIN]
         if self.fast and tokenizer.encode(part) != self.tokenizer.encode(part):
             raise EncoderError
 
@@ -108,18 +121,14 @@ class TextJob(Job):
         after = [] if self.eod is None else [np.array([self.eod], np.uint32)]
         encode = tokenizer.encoder or tokenizer.encode
         parts, lengths, places = [], [], []
-        for piece, line, text in self._samples(rows, faults):
-            try:
-                ids = encode(text)
-            except (TypeError, UnicodeError):  # "\ud800" written in JSON
-                faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
-                continue
+        for place, text, ids in self._encoded(rows, faults, encode):
             if not lengths:
                 self._proven(tokenizer, text)
             parts += [*before, np.asarray(ids, np.uint32), *after]
             lengths.append(len(ids) + len(before) + len(after))
-            places.append((piece, line))
-        ids = np.concatenate(parts).astype(self.dtype) if parts else np.empty(0, self.dtype)
+            places.append(place)
+        ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
+        ids = ids.view(np.int32) if self.dtype == np.int32 else ids.astype(self.dtype)
         return Encoded({"text": ids}, np.array(lengths, np.int32), places, faults, rows.lines)
 
 
@@ -149,19 +158,7 @@ class InstructionJob(Job):
         ids, labels = [np.empty(0, self.dtype)], [np.empty(0, self.dtype)]
         lengths, places = [], []
         cut = split = 0
-        for piece, line, sample in self._samples(rows, faults):
-            try:
-                labelled = self.template.encode(
-                    tokenizer, sample.messages, sample.system, sample.tools, learn=self.learn
-                )
-                row, target = np.array(labelled.ids, self.dtype), np.array(labelled.labels, self.dtype)
-                parts = shorten(target, self.seq_length, self.longer)
-            except (TypeError, UnicodeError):
-                faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
-                continue
-            except ValueError as error:
-                faults.append(Fault(piece, line, str(error)))
-                continue
+        for place, sample, (row, target, parts) in self._encoded(rows, faults, partial(self._parts, tokenizer)):
             if not lengths:
                 self._proven(tokenizer, sample.messages[-1]["content"])
             if self.seq_length is not None and len(row) > self.seq_length:
@@ -171,10 +168,16 @@ class InstructionJob(Job):
                 ids.append(row[part])
                 labels.append(target[part])
                 lengths.append(len(part))
-                places.append((piece, line))
+                places.append(place)
         whole = np.concatenate(ids)
         arrays = {"input_ids": whole, "attention_mask": np.ones_like(whole), "labels": np.concatenate(labels)}
         return Encoded(arrays, np.array(lengths, np.int32), places, faults, rows.lines, cut=cut, split=split)
+
+    def _parts(self, tokenizer: Tokenizer, sample: Any) -> tuple[NDArray[Any], NDArray[Any], list[NDArray[np.int64]]]:
+        """The ids and labels of a conversation, and which of its positions make each of its samples."""
+        labelled = self.template.encode(tokenizer, sample.messages, sample.system, sample.tools, learn=self.learn)
+        labels = np.array(labelled.labels, self.dtype)
+        return np.array(labelled.ids, self.dtype), labels, shorten(labels, self.seq_length, self.longer)
 
 
 def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder:
