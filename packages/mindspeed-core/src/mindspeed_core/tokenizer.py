@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mindspeed_core import sentencepiece_model
 from mindspeed_core.errors import InputError
 
@@ -61,7 +63,7 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Return the ids of a text; nothing is added but BOS where asked for."""
         if self.encoder is not None:
-            ids = [int(i) for i in self.encoder(text)]
+            ids = np.asarray(self.encoder(text)).tolist()  # several times faster than int by int
         else:
             ids = self.backend.encode(text, add_special_tokens=False).ids
         return [self.bos, *ids] if bos and self.bos is not None else ids
