@@ -27,13 +27,14 @@ def surroundings(libraries: Path, meeting: Path) -> dict[str, str]:
     """Return the environment in which a Python finds the NPUs."""
     path = [str(ROOT / "tests/ascend/site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
+        "ASCEND_HOME_PATH": str(libraries),
+        "ASCEND_OPP_PATH": str(libraries / "opp"),
         "CANN_STUB": str(libraries),
         "CANN_STUB_DEVICES": str(DEVICES),
         "CANN_STUB_DIR": str(meeting),
         "CANN_STUB_TIMEOUT": "60",
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "TASK_QUEUE_ENABLE": "0",  # kernels run when they are called, in the thread that calls them
-        "PYTHONWARNINGS": "ignore:Warning:UserWarning:torch_npu",
     }
 
 

@@ -17,7 +17,7 @@ def traced(module: str, libraries: Path) -> Any:
     """Return what a module prints as JSON when it is run with the folder of the stub libraries."""
     environment = {name: value for name, value in os.environ.items() if name != "CANN_STUB"}
     line = [sys.executable, "-m", module, str(libraries)]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

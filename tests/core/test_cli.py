@@ -189,3 +189,15 @@ def test_progress_writes_plain_lines_where_there_is_no_terminal(capsys, monkeypa
 def test_faults_of_the_environment_are_told_apart_from_ours(error, expected):
     told = cli.fault_of_environment(error)
     assert told is None if expected is None else told.startswith(expected)
+
+
+def test_a_torch_npu_that_does_not_load_is_told_with_its_reason():
+    try:
+        try:
+            raise ImportError("libhccl.so: cannot open shared object file")
+        except ImportError as error:
+            raise RuntimeError("Failed to load the backend extension: torch_npu. You can ...") from error
+    except RuntimeError as error:
+        told = cli.fault_of_environment(error)
+    assert told is not None
+    assert "torch_npu does not load (libhccl.so: cannot open shared object file); source CANN's set_env.sh" in told

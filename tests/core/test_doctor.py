@@ -107,6 +107,19 @@ def test_a_trial_that_fails_is_told_in_one_line():
     assert "set_env.sh" in doctor._mend_torch(error)
 
 
+def test_of_errors_that_led_to_one_another_the_first_is_told():
+    program = (
+        "try:\n    open('/nowhere/at/all')\nexcept OSError as error:\n    raise RuntimeError('later') from error\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert doctor._result(process) == (
+        None,
+        "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/at/all'",
+    )
+
+
 def test_a_problem_is_shown_with_its_mend():
     found = doctor.Findings(versions={"python": "3.11.7"})
     found.problem("the moon is missing", "put it back")

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+VERSION = "8.5.0"  # what it says it is
 OPERATORS = "libopapi.so"
 SYSTEM = tuple(map(Path, ("/lib/x86_64-linux-gnu", "/lib/aarch64-linux-gnu", "/lib64", "/usr/lib64")))
 MADE = ("Tensor", "Scalar", "IntArray", "FloatArray", "BoolArray", "TensorList", "ScalarList", "Fp16Array", "Bf16Array")
@@ -28,7 +29,7 @@ FLAGS = ("-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-error=unused-param
 
 
 def build(cache: Path) -> Path:
-    """Return the folder of the libraries, made on first use; several processes may ask at once."""
+    """Return the folder of the libraries, which looks like CANN's; made on first use, several processes may ask at once."""
     wheel = _package("torch_npu")
     sources = [Path(__file__), *sorted(HERE.glob("*.c")), wheel / "version.py"]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
@@ -38,6 +39,9 @@ def build(cache: Path) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         _make(aside, wheel)
+        for part in ("opp", "runtime", "compiler"):  # what torch_npu looks for in ASCEND_HOME_PATH
+            (aside / part).mkdir()
+        (aside / "version.cfg").write_text(f"running_version=[{VERSION}]\n")
         try:
             aside.rename(final)
         except OSError:  # another process was first

@@ -161,6 +161,8 @@ def fault_of_environment(error: BaseException) -> str | None:
         text = str(cause)
         if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
             return f"no space left on device; {MENDS[errno.ENOSPC]}"
+        if "backend extension: torch_npu" in text:  # even `import torch` fails then
+            return f"torch_npu does not load ({_first_line(cause.__cause__)}); source CANN's set_env.sh, or pip uninstall torch-npu"
         if (
             isinstance(cause, MemoryError)
             or type(cause).__name__ == "OutOfMemoryError"
@@ -168,6 +170,10 @@ def fault_of_environment(error: BaseException) -> str | None:
         ):
             return "out of memory; use a smaller micro batch, a shorter sequence or more ranks"
     return None
+
+
+def _first_line(error: BaseException | None) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -179,7 +179,7 @@ def _try_device(findings: Findings) -> None:
 def _mend_torch(error: str) -> str:
     if "undefined symbol" in error:
         return "torch, torch_npu and CANN do not fit; the table in torch_npu's README names versions that do"
-    if "torch_npu" in error or "libascend" in error or "libhccl" in error:
+    if any(sign in error for sign in ("torch_npu", "ASCEND_", "libascend", "libhccl")):
         return "source CANN's set_env.sh, or pip uninstall torch-npu"
     return "pip install --force-reinstall torch"
 
@@ -251,8 +251,14 @@ def _result(process: subprocess.Popen[str]) -> tuple[Any, str]:
         return None, f"no answer within {TIMEOUT:.0f} s"
     if process.returncode == 0:
         return json.loads(out.strip().splitlines()[-1]), ""
-    reasons = [line for line in err.splitlines() if line.strip()]
-    return None, reasons[-1].strip() if reasons else f"exit code {process.returncode}"
+    return None, _cause(err) or f"exit code {process.returncode}"
+
+
+def _cause(text: str) -> str:
+    """The line that says why, of a traceback that may show how one error led to another; torch_npu adds lines in brackets."""
+    first = text.partition("The above exception was the direct cause")[0]
+    lines = [line.strip() for line in first.splitlines() if line.strip() and not line.startswith("[")]
+    return lines[-1] if lines else ""
 
 
 def _device() -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""The same recipes with `device: npu` as on a CPU: losses, gradient norms and weights, through our real commands."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.ascend.models import EXPERTS, LATENT, LLAMA
+from tests.harness import run_command
+from tests.train import runs
+
+pytestmark = pytest.mark.timeout(600)
+STEPS = 5
+RELATIVE = 1e-5  # fp32 sums in another order
+# with a large eps a weight moves by what its gradient is worth, and weights agree as gradients do
+OPTIM = {"lr": 1e-2, "min_lr": 1e-3, "warmup": 0, "eps": 1e-3}
+Sections = dict[str, Any]
+ONE: Sections = {"parallel": {"dp": 1}}
+OVERLAP = {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+CASES: dict[str, tuple[dict[str, Any], Sections]] = {
+    "one process": (LLAMA, ONE),
+    "one process, plain torch": (LLAMA, ONE | {"kernels": {"attention": "reference"}}),
+    "mla": (LATENT, ONE),
+    "experts": (EXPERTS, ONE),
+    "tp2 sp": (LLAMA, {"parallel": {"tp": 2, "sp": True, "dp": 1}}),
+    "mc2": (LLAMA, {"parallel": {"tp": 2, "sp": True, "dp": 1, "collective_matmul": "mc2"}}),
+    "pp2": (LLAMA, {"parallel": {"pp": 2, "dp": 1}}),
+    "ring2": (LLAMA, {"parallel": {"cp": 2, "dp": 1}}),
+    "ulysses2": (LLAMA, {"parallel": {"cp": 2, "dp": 1, "cp_algorithm": "ulysses"}}),
+    "ep2": (EXPERTS, {"parallel": {"ep": 2, "dp": 2}}),
+    "distributed optimizer": (LLAMA, {"parallel": {"dp": 2}, "optim": OVERLAP}),
+}
+
+
+class Trained:
+    """The runs of this session, each in a folder of its name; those on the CPU once per model."""
+
+    def __init__(self, material: Path, where: Path) -> None:
+        self._material, self._where = material, where
+
+    def folder(self, name: str) -> Path:
+        """Return the folder of a run."""
+        return self._where / name
+
+    def on_npu(self, name: str, model: dict[str, Any], sections: Sections) -> Path:
+        """Run `mindspeed-train pretrain` on NPUs, or go on with the run of that name; return the run's folder."""
+        path = self._where / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(self._recipe(name, model, sections)))
+        done = run_command("mindspeed-train", "pretrain", path, "device=npu", timeout=500)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "fall back to run on the CPU" not in done.stderr, done.stderr
+        return self.folder(name)
+
+    def on_cpu(self, model: dict[str, Any], *, name: str | None = None) -> Path:
+        """Run it in one process on the CPU, or go on with the run of that name; return the run's folder."""
+        folder = self.folder(name or f"cpu {model['preset']}")
+        if name is not None or not folder.exists():
+            runs.train(self._recipe(folder.name, model, {}))
+        return folder
+
+    def _recipe(self, name: str, model: dict[str, Any], sections: Sections) -> dict[str, Any]:
+        sections = {"train": {"steps": STEPS}, "data": {"seq_length": 48}, **sections}
+        sections["optim"] = {**OPTIM, **sections.get("optim", {})}
+        return {**runs.values(self._material, self.folder(name), **sections), "model": model}
+
+
+@pytest.fixture(scope="module")
+def trained(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(material, tmp_path_factory.mktemp("runs"))
+
+
+def same(found: Path, expected: Path) -> None:
+    """Assert that two runs had the same losses and gradient norms and ended in the same state."""
+    lines, wanted = runs.metrics(found), runs.metrics(expected)
+    assert [line["step"] for line in lines] == [line["step"] for line in wanted]
+    assert wanted[-1]["loss"] < wanted[0]["loss"] - 0.05, "it learns, so there is something to compare"
+    for name in {"loss", "grad_norm", "aux_loss"} & wanted[0].keys():
+        values = [line[name] for line in lines]
+        assert values == pytest.approx([line[name] for line in wanted], rel=RELATIVE), name
+    step = f"checkpoints/step_{lines[-1]['step']}"
+    ours, theirs = runs.stored(found / step), runs.stored(expected / step)
+    for key in ours | theirs:
+        if not key.startswith("random."):
+            apart = (ours[key] - theirs[key]).abs().max() / theirs[key].abs().max().clamp(min=1e-30)
+            assert apart < RELATIVE, f"{key}: {apart:.2e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_on_npus_equals_one_on_the_cpu(name: str, trained: Trained) -> None:
+    model, sections = CASES[name]
+    same(trained.on_npu(name, model, sections), trained.on_cpu(model))
+
+
+def stopped_after(step: int, run: Path, elsewhere: Path) -> None:
+    """Copy a run as it was after that step."""
+    shutil.copytree(run, elsewhere)
+    checkpoints = elsewhere / "checkpoints"
+    for saved in checkpoints.glob("step_*"):
+        if int(saved.name.removeprefix("step_")) > step:
+            shutil.rmtree(saved)
+    (checkpoints / "latest").write_text(f"step_{step}\n")
+
+
+SPLIT: Sections = {"parallel": {"tp": 2, "sp": True, "dp": 1}}
+CONTINUED: dict[str, Sections] = {"resumed": SPLIT, "resharded": {"parallel": {"dp": 2}, "optim": OVERLAP}}
+
+
+@pytest.fixture(scope="module")
+def straight(trained: Trained) -> Path:
+    """A run on two NPUs that saved at every other step."""
+    return trained.on_npu("straight", LLAMA, {**SPLIT, "checkpoint": {"every": 2, "keep": 3}})
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_run_goes_on_in_its_layout_and_in_another(name: str, trained: Trained, straight: Path) -> None:
+    stopped_after(2, straight, trained.folder(name))
+    same(trained.on_npu(name, LLAMA, CONTINUED[name]), straight)
+
+
+def test_a_run_goes_on_on_the_host(trained: Trained, straight: Path) -> None:
+    stopped_after(2, straight, trained.folder("on the host"))
+    same(trained.on_cpu(LLAMA, name="on the host"), straight)
+
+
+@pytest.mark.parametrize("ranks", [(), ("--tp", 2), ("--pp", 2)], ids=str)
+def test_generation_writes_the_same_tokens(ranks: tuple[Any, ...], trained: Trained) -> None:
+    options = ("--prompt", "the quick brown", "--max-new-tokens", 12, "--temperature", 0, *ranks)
+    on_cpu, on_npu = (
+        run_command("mindspeed-serve", "generate", trained.on_cpu(LLAMA), *options, "--device", device, timeout=500)
+        for device in ("cpu", "npu")
+    )
+    assert on_npu.returncode == on_cpu.returncode == 0, on_npu.stderr + on_cpu.stderr
+    assert len(on_cpu.stdout) > 5
+    assert on_npu.stdout == on_cpu.stdout
