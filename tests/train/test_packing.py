@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mindspeed_core.tokenizer import Tokenizer
@@ -49,13 +48,24 @@ def talk(where: Path) -> Path:
         ]
         rows.append({"conversations": [message for turn in messages for message in turn]})
     (where / "talk.json").write_text(json.dumps(rows))
-    command = ["sft", where / "talk.json", "--format", "sharegpt", "--template", "empty"]
-    run = data(*command, "--tokenizer", where / "tokenizer", "--output", where / "talk")
-    assert run.returncode == 0, run.stderr
+    command = [
+        "sft",
+        where / "talk.json",
+        "--format",
+        "sharegpt",
+        "--template",
+        "empty",
+        "--tokenizer",
+        where / "tokenizer",
+    ]
+    for name, options in (("talk", []), ("talk_packed", ["--pack", "--seq-length", 64])):
+        run = data(*command, *options, "--output", where / name)
+        assert run.returncode == 0, run.stderr
     ids = IndexedDataset(sidecar.files_of(where / "talk")["input_ids"])
     eos = Tokenizer.load(where / "tokenizer").eos
     assert max(int((ids[i] == eos).sum()) for i in range(len(ids))) > 4, "EOS within samples is what this is about"
-    assert len(best_fit(np.minimum(ids.lengths, 64) - 1, 64)) < len(ids) / 1.5
+    assert int(ids.lengths.max()) <= 64, "none is cut or left out"
+    assert len(best_fit(ids.lengths, 64)) < len(ids) / 1.5
     return where / "talk"
 
 
@@ -64,18 +74,19 @@ def talk(where: Path) -> Path:
 def test_packing_leaves_the_loss_of_fine_tuning_as_it_is(
     kind: str, micro: int, model: dict[str, Any], where: Path, talk: Path, tmp_path: Path
 ) -> None:
-    valid = {"single turns": where / "chat_valid", "conversations": talk}[kind]
+    valid = {"single turns": ["chat_valid", "chat_valid"], "conversations": ["talk", "talk", "talk_packed"]}[kind]
     found = []
-    for pack in (False, True):
+    for pack, name in zip((False, True, True), valid, strict=False):
         # the loss of the weights the run starts from, over all of the validation data
         sections = {
             "batch": {"micro": micro, "global": 8},
             "train": {"steps": 1, "eval_every": 1},
-            "data": {"pack": pack, "valid": str(valid)},
+            "data": {"pack": pack, "valid": str(where / name)},
         }
-        lines = runs.train(_values(where, tmp_path / str(pack), "sft", model, **sections), "sft")
+        run = tmp_path / f"{name}_{pack}"
+        lines = runs.train(_values(where, run, "sft", model, **sections), "sft")
         found.append(next(line["valid_loss"] for line in lines if line["step"] == 0))
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[1:] == pytest.approx(found[:1] * (len(found) - 1), rel=1e-6)
 
 
 def test_a_packed_step_has_the_gradient_of_its_samples(model: dict[str, Any], where: Path, tmp_path: Path) -> None:
