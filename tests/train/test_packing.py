@@ -147,30 +147,6 @@ def test_a_packed_run_resumes_where_it_stopped(where: Path, tmp_path: Path) -> N
     assert [line["loss"] for line in runs.metrics(tmp_path / "two")] == [line["loss"] for line in straight]
 
 
-def test_sequences_packed_on_the_disk_have_the_loss_of_their_samples(
-    model: dict[str, Any], where: Path, talk: Path, tmp_path: Path
-) -> None:
-    command = [
-        "sft",
-        where / "talk.json",
-        "--format",
-        "sharegpt",
-        "--template",
-        "empty",
-        "--tokenizer",
-        where / "tokenizer",
-    ]
-    run = data(*command, "--output", tmp_path / "talk", "--pack", "--seq-length", 64, "--longer", "cut")
-    assert run.returncode == 0, run.stderr
-    found = []
-    for valid in (talk, tmp_path / "talk"):
-        pack = valid != talk
-        sections = {"train": {"steps": 1, "eval_every": 1}, "data": {"pack": pack, "valid": str(valid)}}
-        lines = runs.train(_values(where, tmp_path / str(pack), "sft", model, **sections), "sft")
-        found.append(next(line["valid_loss"] for line in lines if line["step"] == 0))
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
-
-
 def test_data_packed_on_the_disk_asks_for_its_recipe(where: Path, talk: Path, tmp_path: Path) -> None:
     from mindspeed_core.errors import InputError
     from mindspeed_train.config import Recipe
