@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,12 @@ def straight(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[boo
     return found
 
 
-def kill_and_go_on(folder: Path, output: Path, seed: int, *, packed: bool) -> None:
-    """Kill runs at random places until one ends by itself; no chunk but those under way is encoded twice."""
+def kill_and_go_on(folder: Path, output: Path, seed: int, *, packed: bool) -> int:
+    """Kill runs at random places until one ends by itself; return how many were killed."""
     draw = random.Random(seed)
     journal = output.parent / ("x_packed.journal.tmp" if packed else "x_text_document.journal.tmp")
     done = -1
-    while True:
+    for kills in count():
         workers = draw.choice([1, 2])
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, folder, output, str(workers), "0.02", "packed" if packed else ""],
@@ -125,13 +126,14 @@ def kill_and_go_on(folder: Path, output: Path, seed: int, *, packed: bool) -> No
         process.kill()
         _, said = process.communicate()
         if process.returncode == 0:
-            return
+            return kills
         assert process.returncode == -signal.SIGKILL, said
         if not journal.exists() and done >= 0:
-            return  # killed when all was done
+            return kills + 1  # killed when all was done
         now = _last(journal)
         assert now >= done  # nothing that was noted is lost
         done = now
+    raise AssertionError("it never ended")
 
 
 def _last(journal: Path) -> int:
@@ -155,14 +157,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_fifty_random_kills_leave_the_same_bytes(
     folder: Path, straight: dict[bool, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    for seed in range(50):
+    kills = seed = 0
+    while kills < 50:
         output = tmp_path / f"{seed}/x"
         output.parent.mkdir()
-        kill_and_go_on(folder, output, 100 + seed, packed=bool(seed % 2))
+        kills += kill_and_go_on(folder, output, 100 + seed, packed=bool(seed % 2))
         assert written(output) == straight[bool(seed % 2)], seed
+        seed += 1
 
 
 class Counting:

@@ -137,7 +137,7 @@ class IndexedWriter:
         """Append sequences that lie one after the other in `ids`; each is a document."""
         if ids.dtype != self.dtype:
             raise TypeError(f"{ids.dtype} ids for a file of {self.dtype}")
-        self._ids.write(ids.tobytes())
+        self._ids.write(np.ascontiguousarray(ids).view(np.uint8).data)
         self._lengths.write(np.ascontiguousarray(lengths, "<i4").tobytes())
 
     def finish(self) -> None:

@@ -46,13 +46,13 @@ class GrowingFile:
     def mark(self) -> Mark:
         return self.size, self._hash.hexdigest()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
+        done, size = 0, memoryview(data).nbytes
         with writing(self.path):
-            done = 0
-            while done < len(data):
-                done += self._file.write(memoryview(data)[done:])
+            while done < size:
+                done += self._file.write(data[done:])
         self._hash.update(data)
-        self.size += len(data)
+        self.size += size
 
     def sync(self) -> None:
         """Wait until everything is on the disk, and close the file."""

@@ -71,8 +71,7 @@ def clear(folder: Path) -> None:
 
 
 def _write(folder: Path, number: int, encoded: Encoded) -> None:
-    faults = [[fault.piece, fault.line, fault.reason] for fault in encoded.faults]
-    told = {"faults": faults, "lines": encoded.lines, "cut": encoded.cut, "split": encoded.split}
+    told = {"faults": encoded.faults, "lines": encoded.lines, "cut": encoded.cut, "split": encoded.split}
     path = _path(folder, number)
     temporary = path.with_suffix(".tmp")
     with writing(path), open(temporary, "wb") as file:

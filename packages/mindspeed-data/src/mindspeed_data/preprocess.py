@@ -307,6 +307,13 @@ class _Run:
         self.journal.remove()
 
 
+def _files_of(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells that a tokenizer has changed although its ids mean the same: merges, rules, chat template."""
+    names = ("tokenizer*", "chat_template*", "merges*")
+    found = sorted(path for name in names for path in folder.glob(name))
+    return [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in found]
+
+
 def _identity(job: Job, plan: Plan) -> dict[str, Any]:
     """What two runs must have in common for one to go on with what the other has done."""
     sources = [(str(s.path.absolute()), s.kind, s.size, s.path.stat().st_mtime_ns, s.part) for s in job.sources]
@@ -316,7 +323,7 @@ def _identity(job: Job, plan: Plan) -> dict[str, Any]:
         **job.described(),
         "format": job.format.name,
         "keys": dict(job.keys),
-        "tokenizer": hashlib.sha256(job.tokenizer.backend.to_str().encode()).hexdigest(),
+        "tokenizer": [job.tokenizer.fingerprint, *_files_of(job.tokenizer.folder)],
         "dtype": job.dtype.name,
         "plan": plan.described(),
         "chunk": readers.CHUNK,

@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
@@ -57,8 +57,7 @@ class Chunk:
     bytes: int  # of the input as it lies on the disk, for the progress bar
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One record and its place; `line` counts from 1 within the piece, and is 0 for a document that is a file."""
 
     piece: int
@@ -66,8 +65,7 @@ class Row:
     record: Record
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """A row that is left out, and why."""
 
     piece: int
