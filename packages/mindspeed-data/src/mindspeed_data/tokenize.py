@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from mindspeed_data.formats import Format
 from mindspeed_data.readers import Chunk, Fault, Rows, Source
 from mindspeed_data.shorten import Longer, shorten
 from mindspeed_data.sidecar import INSTRUCTION, PACKED, TEXT
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 CHECKED = 20_000  # characters of a text that both encoders are compared on before the run
 CHECKED_AGAIN = 2_000  # and in every chunk, where the slower one would take a quarter of the time otherwise
@@ -182,14 +185,14 @@ class InstructionJob(Job):
 
 def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder:
     """Return gigatoken's encoder of a tokenizer, on one thread."""
-    return _gigatoken(tokenizer.backend.to_str())
+    return _gigatoken(tokenizer.backend)
 
 
 @lru_cache(maxsize=1)  # the one that proved itself is the one that is used
-def _gigatoken(tokenizer_json: str) -> Encoder:
+def _gigatoken(backend: Backend) -> Encoder:
     from gigatoken import Tokenizer as Gigatoken
 
-    return Gigatoken.from_json(tokenizer_json).encode
+    return Gigatoken.from_json(backend.to_str()).encode
 
 
 def encoders_agree(tokenizer: Tokenizer, texts: Iterable[str]) -> bool:
