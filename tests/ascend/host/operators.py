@@ -87,7 +87,7 @@ def fusion_attention_grad(
     assert query.dtype == key.dtype == value.dtype == dy.dtype == attention_in.dtype
     wide = _wide(query, key, value, dy)
     grads = npu_attention.fusion_attention_grad(*wide, attention_in=attention_in.float(), **options)[:3]
-    return (*(x.to(query.dtype) for x in grads), query.new_empty(0), None)
+    return (*(x.to(query.dtype) for x in grads), torch.empty(0), None)
 
 
 def _heads_last(x: Tensor) -> Tensor:

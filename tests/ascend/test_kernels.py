@@ -1,0 +1,142 @@
+"""Each NPU side of a kernel gives the results and gradients of its reference, in fp32 and, to its rounding, in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mindspeed_core.kernels import (
+    attention,
+    attention_block,
+    grouped_matmul,
+    matmul,
+    permute,
+    rms_norm,
+    rotary,
+    swiglu,
+)
+from mindspeed_core.kernels.segments import Segments
+
+S, B, N, G, D = 12, 2, 4, 2, 16
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest number; bf16 keeps 8 bits
+QKV = ((S, B, N, D), (S, B, G, D), (S, B, G, D))
+COUNTS = (5, 0, 3, 4)  # rows of each expert
+
+Side = Callable[..., Tensor]  # of tensors, and of what it puts on their device
+Sides = tuple[Side, Side, tuple[tuple[int, ...], ...]]
+
+
+def _attention(**options: Any) -> Callable[[Any], Side]:
+    def side(kernel: Any) -> Side:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            there = {name: x.to(q.device) if isinstance(x, Tensor) else x for name, x in options.items()}
+            return kernel(q, k, v, scale=0.3, **there)
+
+        return call
+
+    return side
+
+
+def _masked() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.rand(B, 1, S, S, generator=generator) > 0.5) | torch.eye(S, dtype=torch.bool)
+
+
+def _documents() -> Segments:
+    return Segments.of(torch.tensor([[0] * 5 + [1] * 7, [0] * 2 + [1] * 9 + [2]]))
+
+
+def _angles(x: Tensor) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(S)[:, None, None, None] * torch.tensor([1.0, 0.3, 0.1, 0.03] * (D // 4))
+    return angle.cos().to(x.device, x.dtype), angle.sin().to(x.device, x.dtype)
+
+
+def _experts(x: Tensor) -> Tensor:
+    return torch.tensor([[2, 0], [1, 2], [0, 1], [3, 0], [1, 3]], device=x.device)
+
+
+def _there_and_back(sides: permute.Permutation) -> Side:
+    def call(tokens: Tensor, weights: Tensor) -> Tensor:
+        experts = _experts(tokens)
+        rows, places = sides.sort(tokens, experts, experts.numel())
+        return sides.back(rows * rows, places, weights)
+
+    return call
+
+
+CASES: dict[str, Sides] = {
+    **{
+        name: (options(attention.npu), options(attention.reference), shapes)
+        for name, options, shapes in (
+            ("attention", _attention(), QKV),
+            ("attention of the last query", _attention(), ((1, B, N, D), *QKV[1:])),
+            ("attention of later queries", _attention(), ((5, B, N, D), *QKV[1:])),
+            ("attention with a mask", _attention(mask=_masked()), QKV),
+            ("attention of documents", _attention(segments=_documents()), QKV),
+            ("attention with narrow values", _attention(), ((S, B, N, D), (S, B, N, D), (S, B, N, 8))),
+        )
+    },
+    "rms_norm": (lambda *x: rms_norm.npu(*x, 1e-5), lambda *x: rms_norm.reference(*x, 1e-5), ((S, B, D), (D,))),
+    "swiglu": (swiglu.npu, swiglu.reference, ((S, B, D),)),
+    "rotary": (lambda x: rotary.npu(x, *_angles(x)), lambda x: rotary.reference(x, *_angles(x)), ((S, B, N, D),)),
+    "matmul": (matmul.npu, matmul.native, ((S, B, D), (8, D))),
+    "grouped_matmul": (
+        lambda x, *weights: grouped_matmul.npu(x, weights, COUNTS),
+        lambda x, *weights: grouped_matmul.reference(x, weights, COUNTS),
+        ((S, D), *[(8, D)] * len(COUNTS)),
+    ),
+    "permute": (_there_and_back(permute.NPU), _there_and_back(permute.REFERENCE), ((5, D), (5, 2))),
+}
+
+
+def _close(found: Tensor, expected: Tensor, bound: float) -> bool:
+    return bool((found.cpu().double() - expected.double()).abs().max() <= bound * expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_the_npu_side_equals_the_reference(name: str, dtype: torch.dtype) -> None:
+    side, reference, shapes = CASES[name]
+    torch.manual_seed(0)
+    given = [torch.randn(shape).to(dtype) for shape in shapes]
+    exact = [x.float().requires_grad_() for x in given]
+    inputs = [x.to("npu").requires_grad_() for x in given]
+    expected, found = reference(*exact), side(*inputs)
+    assert found.dtype == dtype
+    grad = torch.randn_like(expected).to(dtype)
+    grads = torch.autograd.grad(found, inputs, grad.to("npu"))
+    for ours, wanted in zip(
+        (found, *grads), (expected, *torch.autograd.grad(expected, exact, grad.float())), strict=True
+    ):
+        assert _close(ours, wanted, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {}, {"mask": _masked()}, {"segments": _documents()}], ids=list)
+def test_a_block_of_a_ring_equals_the_reference(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape) for shape in QKV)
+    grad = torch.randn_like(q)
+    made = []
+    for block, device in ((attention_block.reference, "cpu"), (attention_block.npu, "npu")):
+        there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+        x = [tensor.to(device) for tensor in (q, k, v, grad)]
+        out, lse = block.forward(*x[:3], scale=0.3, **there)
+        made.append((out, lse, *block.backward(x[3], *x[:3], out, lse, scale=0.3, **there)))
+    for expected, found in zip(*made, strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bf16_gradient_is_added_to_its_fp32_sum_unrounded() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(S, B, D).bfloat16(), torch.randn(8, D).bfloat16()
+    grad, before = torch.randn(S, B, 8).bfloat16(), torch.randn(8, D)
+    parameter = weight.to("npu").requires_grad_()
+    parameter.main_grad = before.to("npu")  # type: ignore[attr-defined]
+    matmul.npu(x.to("npu"), parameter).backward(grad.to("npu"))
+    assert parameter.grad is None
+    expected = before + grad.flatten(0, 1).float().T @ x.flatten(0, 1).float()
+    torch.testing.assert_close(parameter.main_grad.cpu(), expected, rtol=1e-6, atol=1e-5)  # type: ignore[attr-defined]
