@@ -116,31 +116,29 @@ def write(
     """Write every file in that order; yield how many sequences are done."""
     first = next(iter(staged.values()))
     for samples, counts in order.blocks(first.lengths):
+        places = None if filling is None else _places(first.lengths[samples], counts, filling.length)
         for name, writer in writers.items():
-            if filling is not None and (name in filling.pads or name == filling.numbered):
-                ids = _filled(staged[name], samples, counts, name, filling).astype(writer.dtype)
-                writer.add(ids, np.full(len(counts), filling.length, np.int32))
+            if filling is None or places is None or name not in (*filling.pads, filling.numbered):
+                sizes = np.add.reduceat(staged[name].lengths[samples], np.cumsum(counts) - counts)
+                writer.add(staged[name].gather(samples), sizes.astype(np.int32))
+                continue
+            filled = np.full(len(counts) * filling.length, filling.pads.get(name, 0), writer.dtype)
+            if name == filling.numbered:
+                numbers = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+                filled[places] = np.repeat(numbers.astype(writer.dtype), first.lengths[samples])
             else:
-                lengths = staged[name].lengths[samples]
-                whole = np.add.reduceat(lengths, np.cumsum(counts) - counts)
-                writer.add(staged[name].gather(samples), whole.astype(np.int32))
+                filled[places] = staged[name].gather(samples)
+            writer.add(filled, np.full(len(counts), filling.length, np.int32))
         yield len(counts)
 
 
-def _filled(staged: Staged, samples: Ints, counts: Ints, name: str, filling: Filling) -> NDArray[Any]:
-    """Sequences of one length, one after the other."""
-    lengths = staged.lengths[samples]
+def _places(lengths: Ints, counts: Ints, length: int) -> Ints:
+    """Where every id of samples goes, among sequences of one length that take so many samples each."""
     sequence = np.repeat(np.arange(len(counts)), counts)
     before = np.cumsum(lengths) - lengths  # among the ids of the block
-    begin = (np.cumsum(counts) - counts)[sequence]  # the first sample of the sequence
-    starts = sequence * filling.length + before - before[begin]
-    places = np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
-    out = np.full(len(counts) * filling.length, filling.pads.get(name, 0), np.int64)
-    if name == filling.numbered:
-        out[places] = np.repeat(np.arange(len(samples)) - begin + 1, lengths)
-    else:
-        out[places] = staged.gather(samples)
-    return out
+    first = (np.cumsum(counts) - counts)[sequence]  # the first sample of the same sequence
+    starts = sequence * length + before - before[first]
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
 
 
 def _drawn(weights: Sequence[float], seed: int) -> Iterator[Sequence[int]]:

@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from io import FileIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -71,11 +73,9 @@ class Journal:
         self.path = path
         with writing(path):
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by close
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if _locked(self._file):
             self._file.close()
-            raise InputError(f"{path}: another run is writing this data set; wait for it, or end it") from error
+            raise InputError(f"{path}: another run is writing this data set; wait for it, or end it")
         self._head = json.dumps(job, sort_keys=True, ensure_ascii=False).encode() + b"\n"
         self._file.seek(0)
         found = self._file.read(len(self._head))
@@ -127,6 +127,16 @@ class Journal:
     def _write(self, data: bytes) -> None:
         with writing(self.path):
             self._file.write(data)
+
+
+def _locked(file: FileIO) -> bool:
+    """True where another process holds the lock of a file; else it is ours, if the file system has locks at all."""
+    with suppress(OSError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def digest(path: Path, size: int | None = None) -> str:
