@@ -58,7 +58,7 @@ def without_data() -> Iterator[None]:
     """Say what depends on values: fake tensors have none, nor do ranks that do not exist."""
     from megatron.core.tensor_parallel import random
 
-    from mindspeed_core.kernels import matmul_collective
+    from mindspeed_core.kernels import attention, matmul_collective
     from mindspeed_core.parallel import expert
 
     def evenly(experts: Tensor, count: int, group: dist.ProcessGroup) -> list[list[int]]:
@@ -67,6 +67,7 @@ def without_data() -> Iterator[None]:
     def order(runs: list[list[int]], device: torch.device) -> Tensor:
         return torch.empty(sum(map(sum, runs)), dtype=torch.int64, device=device)
 
+    attention.triangle.cache_clear()
     with (
         mock.patch.object(random.CudaRNGStatesTracker, "fork", return_value=nullcontext()),  # reads its seed
         mock.patch.object(matmul_collective, "_hcom", return_value="hccl"),
@@ -74,7 +75,10 @@ def without_data() -> Iterator[None]:
         mock.patch.object(expert, "_by_expert", order),
         mock.patch.object(torch.nn.Module, "to", lambda module, *_: module),  # fake parameters are where they are
     ):
-        yield
+        try:
+            yield
+        finally:
+            attention.triangle.cache_clear()  # a fake one must not outlive its mode
 
 
 def build(name: str, mesh: Mesh) -> Any:
