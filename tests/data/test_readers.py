@@ -244,6 +244,22 @@ def test_bad_lines_become_faults_with_their_place(tmp_path: Path) -> None:
     assert [row.line for row in rows if isinstance(row, Row)] == [1, 6]
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_only_objects_are_rows(tmp_path: Path, name: str) -> None:
+    values = ['"text"', "1", "null", "[{}]", "true", '{"text": "1"}']
+    (tmp_path / name).write_text("\n".join(values) if name == "x.jsonl" else f"[{', '.join(values)}]")
+    assert read([tmp_path / name]) == ["not a JSON object"] * 5 + [{"text": "1"}]
+
+
+@pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "1e999", "123456789012345678901234567890", '"\\u0000"'])
+def test_what_the_fast_parser_refuses_is_read_as_json_reads_it(tmp_path: Path, value: str) -> None:
+    line = f'{{"text": {value}}}'
+    (tmp_path / "x.jsonl").write_text(f"{line}\n")
+    (record,) = read([tmp_path / "x.jsonl"])
+    expected = json.loads(line)
+    assert repr(record) == repr(expected) or float(record["text"]) == float(expected["text"])
+
+
 def test_deep_nesting_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("[" * 100_000 + "\n" + '{"text": "1"}\n')
     assert read([tmp_path / "x.jsonl"])[1] == {"text": "1"}

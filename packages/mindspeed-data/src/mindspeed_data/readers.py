@@ -150,11 +150,12 @@ def _json_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError:
-            record = _patiently(line)
-        yield number, record if isinstance(record, dict | str) else "not a JSON object"
+            yield number, _patiently(line)
+        else:
+            yield number, record if isinstance(record, dict) else "not a JSON object"
 
 
-def _patiently(line: bytes) -> Any:
+def _patiently(line: bytes) -> Record | str:
     """What json makes of a line that orjson refuses (NaN, half surrogates), else the reason, as text."""
     try:
         record = json.loads(line.decode())
