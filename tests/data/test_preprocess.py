@@ -451,6 +451,16 @@ def test_the_fast_encoder_is_only_used_where_it_agrees(tokenizer: Path) -> None:
 
 
 @pytest.mark.real_data
+def test_marks_that_are_not_in_order_are_put_in_order_by_either_encoder(shared_data: Path) -> None:
+    from mindspeed_data.tokenize import gigatoken_encoder
+
+    tokenizer = Tokenizer.load(shared_data / "tokenizers/qwen3")
+    encode = gigatoken_encoder(tokenizer)
+    for text in ("a\u07f3\u07fd", "e\u0323\u0301", "e\u0301\u0323", "\u1100\u1161", "é 中文，。"):
+        assert list(encode(text)) == tokenizer.encode(text), text
+
+
+@pytest.mark.real_data
 @pytest.mark.parametrize(
     "folder", ["tokenizers/qwen3", "tokenizers/gpt2", "tokenizers/mistral_v1", "models/stories260k_hf"]
 )

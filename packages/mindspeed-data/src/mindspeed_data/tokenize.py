@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from unicodedata import is_normalized
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,8 +185,14 @@ class InstructionJob(Job):
 
 
 def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder:
-    """Return gigatoken's encoder of a tokenizer, on one thread."""
-    return _gigatoken(tokenizer.backend)
+    """Return gigatoken's encoder of a tokenizer, on one thread.
+
+    What a normalizer would change goes to `tokenizers` itself: gigatoken does not order all combining marks as it does.
+    """
+    fast, plain = _gigatoken(tokenizer.backend), tokenizer.with_encoder(None).encode
+    if tokenizer.backend.normalizer is None:
+        return fast
+    return lambda text: fast(text) if text.isascii() or is_normalized("NFC", text) else plain(text)
 
 
 @lru_cache(maxsize=1)  # the one that proved itself is the one that is used
