@@ -228,7 +228,7 @@ def as_transformers(coefficient: float) -> tuple[float, float, float, float]:
     tokens = torch.randint(0, 99, (3, 8), generator=torch.Generator().manual_seed(1))
     ours(tokens, labels=tokens.roll(-1, 1), weights=torch.ones(3, 8)).backward()
     aux, *_, total = take_terms([ours], torch.device("cpu")).tolist()
-    assert take_terms([ours], torch.device("cpu")).tolist() == [0, 0, 0]
+    assert not take_terms([ours], torch.device("cpu")).any()
     answer = oracle(tokens)
     loss = F.cross_entropy(answer.logits.flatten(0, 1), tokens.roll(-1, 1).flatten()) + coefficient * answer.aux_loss
     loss.backward()
