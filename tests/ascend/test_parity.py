@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.ascend.models import EXPERTS, LATENT, LLAMA
 from tests.harness import run_command
 from tests.train import runs
+from tests.train.models import EXPERTS, LATENT, LLAMA
 
 pytestmark = pytest.mark.timeout(600)
 STEPS = 5

@@ -18,7 +18,7 @@ from mindspeed_core.models.families import family_of
 from mindspeed_train import rules
 from mindspeed_train.config import Recipe
 from mindspeed_train.tasks import TASKS
-from tests.train import runs
+from tests.train.models import EXPERTS, LATENT, LLAMA
 
 WORLD = 4  # the most ranks that a test starts
 LENGTH = 48  # what 2 x cp divides for cp of 2, 3 and 4
@@ -26,21 +26,6 @@ Sections = dict[str, dict[str, Any]]
 Choice = tuple[str, ...]  # an option of every axis, in their order
 Pair = tuple[tuple[str, str], tuple[str, str]]  # (axis, option) twice, in the order of the axes
 
-LLAMA: dict[str, Any] = {**runs.SIZES, "num_hidden_layers": 4}
-EXPERTS: dict[str, Any] = {**LLAMA, "preset": "mixtral-8x7b", "num_local_experts": 4}
-LATENT: dict[str, Any] = {
-    "preset": "deepseek-v2-lite",
-    **{name: value for name, value in LLAMA.items() if name not in ("preset", "head_dim")},
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "n_shared_experts": 1,
-}
 AXES: dict[str, dict[str, Sections]] = {
     "model": {
         "-": {"model": LLAMA},

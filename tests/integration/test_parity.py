@@ -12,6 +12,7 @@ from tests.harness import RankError, run_ranks
 from tests.integration import layouts
 from tests.integration.layouts import Choice
 from tests.train import runs
+from tests.train.models import LLAMA
 
 STEPS = 10
 SHARED = 8  # choices that one job runs: gloo's threads stay until a process ends, a few dozen for each mesh
@@ -147,7 +148,7 @@ def test_a_difference_is_seen(done: Runs, where: Path, tmp_path: Path) -> None:
     recipe = runs.values(
         where, tmp_path, data={"seq_length": layouts.LENGTH}, optim=OPTIM, train={"steps": STEPS, "seed": 7}
     )
-    runs.train({**recipe, "model": layouts.LLAMA})
+    runs.train({**recipe, "model": LLAMA})
     assert max(differences(tmp_path, done.folder(layouts.PLAIN)).values()) > 1000 * RELATIVE
 
 

@@ -35,6 +35,12 @@ def _values(where: Path, run: Path, task: str, model: dict[str, Any], **sections
     return {**runs.values(where, run, task, **sections), "model": model}
 
 
+def _preprocess(where: Path, output: Path, *options: object) -> Any:
+    """The command on the conversations of `talk`."""
+    files = [where / "talk.json", "--tokenizer", where / "tokenizer", "--output", output]
+    return data("sft", *files, "--format", "sharegpt", "--template", "empty", *options)
+
+
 @pytest.fixture(scope="session")
 def talk(where: Path) -> Path:
     """Conversations of up to four turns, from the command: every answer ends with EOS, and some texts hold one inside."""
@@ -48,18 +54,8 @@ def talk(where: Path) -> Path:
         ]
         rows.append({"conversations": [message for turn in messages for message in turn]})
     (where / "talk.json").write_text(json.dumps(rows))
-    command = [
-        "sft",
-        where / "talk.json",
-        "--format",
-        "sharegpt",
-        "--template",
-        "empty",
-        "--tokenizer",
-        where / "tokenizer",
-    ]
     for name, options in (("talk", []), ("talk_packed", ["--pack", "--seq-length", 64])):
-        run = data(*command, *options, "--output", where / name)
+        run = _preprocess(where, where / name, *options)
         assert run.returncode == 0, run.stderr
     ids = IndexedDataset(sidecar.files_of(where / "talk")["input_ids"])
     eos = Tokenizer.load(where / "tokenizer").eos
@@ -152,17 +148,7 @@ def test_data_packed_on_the_disk_asks_for_its_recipe(where: Path, talk: Path, tm
     from mindspeed_train.config import Recipe
     from mindspeed_train.tasks import TASKS
 
-    command = [
-        "sft",
-        where / "talk.json",
-        "--format",
-        "sharegpt",
-        "--template",
-        "empty",
-        "--tokenizer",
-        where / "tokenizer",
-    ]
-    assert data(*command, "--output", tmp_path / "talk", "--pack", "--seq-length", 48).returncode == 0
+    assert _preprocess(where, tmp_path / "talk", "--pack", "--seq-length", 48).returncode == 0
     for sections, said in [
         ({"seq_length": 48}, r"data\.pack: .* holds packed sequences; set data\.pack: true"),
         ({"seq_length": 64, "pack": True}, r"data\.seq_length: .*; set data\.seq_length: 48"),

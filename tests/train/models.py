@@ -1,4 +1,4 @@
-"""Models small enough to train on stubs: dense, with experts, and with latent attention."""
+"""Models small enough to train in a test: dense, with experts, and with latent attention."""
 
 from __future__ import annotations
 
