@@ -87,7 +87,7 @@ def train_all(recipes: list[tuple[dict[str, Any], str]]) -> None:
 def done(where: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     chosen = [item.callspec.params.get("choice") for item in request.session.items if hasattr(item, "callspec")]
     wanted = [choice for choice in chosen if choice is not None]
-    wanted = dict.fromkeys([*map(layouts.baseline_of, wanted), *wanted])
+    wanted = dict.fromkeys([layouts.PLAIN, *map(layouts.baseline_of, wanted), *wanted])
     return Runs(where, tmp_path_factory.mktemp("parity"), wanted)
 
 
