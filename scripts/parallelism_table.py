@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/parallelism.md"
 BEGIN, END = "<!-- made by scripts/parallelism_table.py -->", "<!-- end of what it made -->"
 
-DENSE = {"preset": "llama2-7b", "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+DENSE = {"preset": "mistral-7b-v0.3", "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
 EXPERTS = {"preset": "mixtral-8x7b", "num_hidden_layers": 4}
 BASE: dict[str, Any] = {
     "model": DENSE,
@@ -35,6 +35,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "ring": {"parallel": {"cp": 2, "cp_algorithm": "ring"}},
     "ulysses": {"parallel": {"cp": 2, "cp_algorithm": "ulysses"}},
     "hybrid": {"parallel": {"cp": 4, "cp_algorithm": "hybrid", "ulysses": 2}},
+    "window": {"model": {"sliding_window": 128}},
     "ep": {"model": EXPERTS, "parallel": {"dp": 2, "ep": 2}},
     "etp": {"model": EXPERTS, "parallel": {"tp": 2, "sp": True, "etp": 2}},
     "distributed": {"parallel": {"dp": 2}, "optim": {"distributed": True}},

@@ -52,10 +52,11 @@ def _attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
     return _kernels().attention.npu(q, k, v, scale=0.1, **options)
 
 
-def _cached(q: Any, keys: Any, values: Any, padding: tuple[int, ...] = (0, 0)) -> Any:
+def _cached(q: Any, keys: Any, values: Any, padding: tuple[int, ...] = (0, 0), window: int | None = None) -> Any:
     from mindspeed_core.kernels.cached_attention import Extent
 
-    return _kernels().cached_attention.npu(q, keys, values, Extent(len(q), S, ROOM, padding, q.device), scale=0.1)
+    extent = Extent(len(q), S, ROOM, padding, q.device, window)
+    return _kernels().cached_attention.npu(q, keys, values, extent, scale=0.1)
 
 
 def _sum_and_norm(x: Any, residual: Any, weight: Any) -> list[Any]:
@@ -117,6 +118,13 @@ GOOD: dict[str, tuple[tuple[Shape, ...], Callable[..., Any]]] = {
     "attention with a mask": (QKV, lambda q, k, v: _attention(q, k, v, mask=_mask())),
     "attention with a mask per row": (QKV, lambda q, k, v: _attention(q, k, v, mask=_mask(B))),
     "attention of documents": (QKV, lambda q, k, v: _attention(q, k, v, segments=_segments())),
+    "attention in a window": (QKV, lambda q, k, v: _attention(q, k, v, window=4)),
+    "attention of the last query in a window": (
+        (shape(1, B, N, D), *QKV[1:]),
+        lambda q, k, v: _attention(q, k, v, window=4),
+    ),
+    "attention with a mask in a window": (QKV, lambda q, k, v: _attention(q, k, v, mask=_mask(), window=4)),
+    "attention of documents in a window": (QKV, lambda q, k, v: _attention(q, k, v, segments=_segments(), window=3)),
     "attention in fp32": (tuple(x._replace(dtype="float32") for x in QKV), _attention),
     "attention with narrow values": (
         (shape(S, B, N, 192), shape(S, B, N, 192), shape(S, B, N, 128)),
@@ -133,6 +141,8 @@ GOOD: dict[str, tuple[tuple[Shape, ...], Callable[..., Any]]] = {
     "cache, a prompt of uneven rows": ((CHUNK, *CACHE), lambda *qkv: _cached(*qkv, padding=(0, 2))),
     "cache, a token": ((STEP, *CACHE), _cached),
     "cache, a token of uneven rows": ((STEP, *CACHE), lambda *qkv: _cached(*qkv, padding=(0, 2))),
+    "cache, a prompt in a window": ((CHUNK, *CACHE), lambda *qkv: _cached(*qkv, window=4)),
+    "cache, a token in a window": ((STEP, *CACHE), lambda *qkv: _cached(*qkv, window=4)),
     "cache in fp32": (tuple(x._replace(dtype="float32") for x in (STEP, *CACHE)), _cached),
     "cache of wide heads": (
         (shape(1, B, N, 576, grad=False), *[shape(B, G, ROOM, 576, grad=False)] * 2),

@@ -85,6 +85,11 @@ CASES: dict[str, Sides] = {
             ("attention of later queries", _attention(), ((5, B, N, D), *QKV[1:])),
             ("attention with a mask", _attention(mask=_masked()), QKV),
             ("attention of documents", _attention(segments=_documents()), QKV),
+            ("attention in a window", _attention(window=5), QKV),
+            ("attention of the last query in a window", _attention(window=5), ((1, B, N, D), *QKV[1:])),
+            ("attention of later queries in a window", _attention(window=5), ((5, B, N, D), *QKV[1:])),
+            ("attention with a mask in a window", _attention(mask=_masked(), window=5), QKV),
+            ("attention of documents in a window", _attention(segments=_documents(), window=4), QKV),
             ("attention with narrow values", _attention(), ((S, B, N, D), (S, B, N, D), (S, B, N, 8))),
         )
     },
@@ -160,16 +165,17 @@ def test_a_block_of_a_ring_equals_the_reference(options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("padding", [(0, 0), (0, 4), (3, 5)], ids=str)
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(("queries", "end"), [(7, 7), (6, 9), (1, 9), (1, 12)])
 def test_attention_over_a_cache_equals_the_reference(
-    queries: int, end: int, padding: tuple[int, ...], dtype: torch.dtype
+    queries: int, end: int, window: int | None, padding: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     q, keys, values = (torch.randn(*shape).to(dtype) for shape in ((queries, B, N, D), (B, G, S, D), (B, G, S, D)))
     keys[:, :, end:] = values[:, :, end:] = float("nan")  # what is not written yet is not read
-    exact = Extent(queries, end, S, padding, torch.device("cpu"))
+    exact = Extent(queries, end, S, padding, torch.device("cpu"), window)
     expected = cached_attention.reference(q.float(), keys.float(), values.float(), exact, scale=0.3)
-    extent = Extent(queries, end, S, padding, torch.device("npu", 0))
+    extent = Extent(queries, end, S, padding, torch.device("npu", 0), window)
     found = cached_attention.npu(q.to("npu"), keys.to("npu"), values.to("npu"), extent, scale=0.3)
     assert found.dtype == dtype
     for row, begin in enumerate(padding):  # what stands at a row's padding is nobody's

@@ -26,6 +26,7 @@ OPTIM = {"lr": 1e-2, "min_lr": 1e-3, "warmup": 0, "eps": 1e-3}
 Sections = dict[str, Any]
 # heads as wide as the operator for inference takes them
 WIDE: dict[str, Any] = {**LLAMA, "preset": "qwen3-8b", "head_dim": 16}
+WINDOW: dict[str, Any] = {**LLAMA, "preset": "mistral-7b-v0.1", "sliding_window": 5, "head_dim": 16}
 # layers as wide as the operators take them that hold a collective
 BROAD: dict[str, Any] = {
     **LLAMA,
@@ -42,6 +43,7 @@ OVERLAP = {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gath
 CASES: dict[str, tuple[dict[str, Any], Sections]] = {
     "one process": (LLAMA, ONE),
     "one process, plain torch": (LLAMA, ONE | {"kernels": {"attention": "reference"}}),
+    "window": (WINDOW, ONE),
     "mla": (LATENT, ONE),
     "experts": (EXPERTS, ONE),
     "tp2 sp": (LLAMA, {"parallel": {"tp": 2, "sp": True, "dp": 1}}),
@@ -238,15 +240,19 @@ if __name__ == "__main__":
         answers = engine.generate_batch(prompts, SamplingConfig(max_new_tokens=10))
         print(json.dumps([answers, sorted(name for name in called.names if "attention" in name)]))
 """
-GENERATING = {"npu::npu_fused_infer_attention_score": WIDE, "npu::npu_fusion_attention": LATENT}
+GENERATING = {
+    "heads": (WIDE, "npu::npu_fused_infer_attention_score"),
+    "window": (WINDOW, "npu::npu_fused_infer_attention_score"),
+    "latents": (LATENT, "npu::npu_fusion_attention"),
+}
 
 
-@pytest.mark.parametrize("operator", GENERATING)
-def test_rows_of_different_lengths_generate_the_same_tokens(operator: str, trained: Trained) -> None:
+@pytest.mark.parametrize("name", GENERATING)
+def test_rows_of_different_lengths_generate_the_same_tokens(name: str, trained: Trained) -> None:
     """In bf16, prompts in pieces, some of which hold nothing of a row."""
-    told = []
+    told, (model, operator) = [], GENERATING[name]
     for device in ("cpu", "npu"):
-        line = [sys.executable, "-c", BATCH, str(trained.on_cpu(GENERATING[operator])), device]
+        line = [sys.executable, "-c", BATCH, str(trained.on_cpu(model)), device]
         done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr
         told.append(json.loads(done.stdout.splitlines()[-1]))

@@ -14,7 +14,7 @@ from mindspeed_core.generate.sampling import SamplingConfig
 from tests.core.engines import run
 
 LAYOUTS = [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}]
-FAMILIES = ["llama", "qwen2", "qwen3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]  # the last one sees five positions
 GREEDY = SamplingConfig(max_new_tokens=12)
 SAMPLED = SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, seed=5, max_new_tokens=8)
 PROMPTS = [[5, 17, 80], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42], [90, 3, 3, 61, 12]]
@@ -54,8 +54,9 @@ def heard(request: pytest.FixtureRequest, models: dict[str, Any]) -> dict[str, A
         (scored, sent["qwen2"]),
         (of_any_length, sent["qwen3"]),
         (of_any_length, (*sent["qwen3"], {"read": 16, "scored": 3})),
+        (greedy, (*sent["mistral"], {"read": 4})),
     )
-    names = [*FAMILIES, "sampled", "endings", "context", "scores", "whole", "pieces"]
+    names = [*FAMILIES, "sampled", "endings", "context", "scores", "whole", "pieces", "window"]
     return dict(zip(names, answers, strict=True))
 
 
@@ -175,6 +176,7 @@ def of_any_length(engine: Engine) -> Any:
 
 
 def test_long_prompts_may_be_read_in_pieces(heard: dict[str, Any]) -> None:
+    assert heard["window"] == heard["mistral"]
     (answers, scores), (answers_in_pieces, scores_in_pieces) = heard["whole"], heard["pieces"]
     assert answers_in_pieces == answers
     assert [total for total, _ in scores_in_pieces] == pytest.approx([total for total, _ in scores])

@@ -61,6 +61,7 @@ def megatron_logits(folder: Path) -> torch.Tensor:
         activation_func=torch.nn.functional.silu,
         add_bias_linear=args.add_bias_linear,
         add_qkv_bias=args.add_qkv_bias,
+        window_size=args.window_size,
         hidden_dropout=args.hidden_dropout,
         attention_dropout=args.attention_dropout,
         use_cpu_initialization=True,
@@ -98,13 +99,20 @@ def megatron_logits(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "tied", "groups"),
-    [("llama", False, 2), ("llama", True, 4), ("qwen2", False, 2), ("qwen3", True, 1), ("mixtral", False, 4)],
+    [
+        ("llama", False, 2),
+        ("llama", True, 4),
+        ("qwen2", False, 2),
+        ("qwen3", True, 1),
+        ("mistral", False, 2),
+        ("mixtral", False, 4),
+    ],
 )
 def test_megatrons_own_model_computes_the_same_logits(tmp_path: Path, kind: str, tied: bool, groups: int) -> None:
     from transformers import AutoModelForCausalLM
 
     source = tmp_path / "hf"
-    if kind == "mixtral":
+    if kind in ("mistral", "mixtral"):
         hf_model(kind, tied=tied, groups=groups).save_pretrained(source)
     else:
         hf_folder(source, kind, tied=tied, groups=groups, layers=2)

@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+ALL = 2**31 - 1  # positions before and behind a query where nothing else is said
 HIDDEN = -1e4  # what a hidden score is set to: a query that sees nothing gets the mean of all values, not 0
 
 
@@ -27,6 +28,8 @@ def fusion_attention(
     *,
     atten_mask: Tensor | None = None,
     scale: float = 1.0,
+    pre_tockens: int = ALL,
+    next_tockens: int = ALL,
     sparse_mode: int = 0,
     actual_seq_qlen: list[int] | None = None,
     actual_seq_kvlen: list[int] | None = None,
@@ -34,7 +37,7 @@ def fusion_attention(
     """(result, maxima, sums, ...): maxima and sums are fp32 [b, n, s, 8], under TND [total, n, 8]."""
     documents = []
     for q, k, v in _documents(query, key, value, head_num, input_layout, actual_seq_qlen, actual_seq_kvlen):
-        scores = _scores(q, k, scale, atten_mask, sparse_mode)
+        scores = _scores(q, k, scale, atten_mask, sparse_mode, (pre_tockens, next_tockens))
         peak = scores.amax(-1, keepdim=True)
         total = (scores - peak).exp().sum(-1, keepdim=True)
         out = ((scores - peak).exp() / total) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -59,6 +62,8 @@ def fusion_attention_grad(
     softmax_sum: Tensor | None = None,
     attention_in: Tensor | None = None,
     scale_value: float = 1.0,
+    pre_tockens: int = ALL,
+    next_tockens: int = ALL,
     sparse_mode: int = 0,
     actual_seq_qlen: list[int] | None = None,
     actual_seq_kvlen: list[int] | None = None,
@@ -84,7 +89,8 @@ def fusion_attention_grad(
     grads = []
     for (q, k, v), (grad, _key, out), (peak, total) in zip(parts, others, stats, strict=True):
         repeat = q.shape[1] // k.shape[1]
-        shares = (_scores(q, k, scale_value, atten_mask, sparse_mode) - peak[..., :1]).exp() / total[..., :1]
+        scores = _scores(q, k, scale_value, atten_mask, sparse_mode, (pre_tockens, next_tockens))
+        shares = (scores - peak[..., :1]).exp() / total[..., :1]
         inner = grad @ v.repeat_interleave(repeat, 1).transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
         inner = inner * shares * scale_value
         back = (
@@ -134,15 +140,20 @@ def _documents(
     return [tuple(x.transpose(0, 1)[None] for x in piece) for piece in zip(*pieces, strict=True)]
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, sparse_mode: int) -> Tensor:
+def _scores(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, sparse_mode: int, around: tuple[int, int]
+) -> Tensor:
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
     s, t = scores.shape[-2:]
     if mask is None:
         return scores  # whatever the mode
     assert mask.dtype == torch.bool
-    if sparse_mode == 3:
+    if sparse_mode in (3, 4):
         assert mask.shape == (2048, 2048)
-        return scores.masked_fill(torch.ones(s, t, dtype=torch.bool).triu(1 + t - s), HIDDEN)
+        before, behind = (ALL, 0) if sparse_mode == 3 else around
+        distance = (torch.arange(s) + t - s)[:, None] - torch.arange(t)
+        return scores.masked_fill((distance > before) | (distance < -behind), HIDDEN)
     assert sparse_mode == 0
+    assert around == (ALL, ALL), "which the mask would have to agree with"
     assert mask.shape == (q.shape[0], 1, s, t)
     return scores.masked_fill(mask, HIDDEN)

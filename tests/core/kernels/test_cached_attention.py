@@ -16,31 +16,40 @@ B, N, G, D, ROOM = 3, 6, 2, 16, 12
 SCALE = 0.3
 
 
-def query_by_query(q: Tensor, keys: Tensor, values: Tensor, end: int, padding: tuple[int, ...]) -> Tensor:
+def query_by_query(
+    q: Tensor, keys: Tensor, values: Tensor, end: int, padding: tuple[int, ...], window: int | None
+) -> Tensor:
     """The oracle, in double; zeros where a row's query is padding."""
     out = torch.zeros(*q.shape[:3], values.shape[3], dtype=torch.float64)
     for i, row, head in torch.cartesian_prod(*(torch.arange(size) for size in q.shape[:3])).tolist():
         last = end - len(q) + i  # the position of this query
+        first = padding[row] if window is None else max(padding[row], last - window + 1)
         scores = [
             SCALE * float(q[i, row, head].double() @ keys[row, head * G // N, t].double())
-            for t in range(padding[row], last + 1)
+            for t in range(first, last + 1)
         ]
         peak = max(scores, default=0.0)
         total = sum(math.exp(score - peak) for score in scores)
-        for t, score in enumerate(scores, padding[row]):
+        for t, score in enumerate(scores, first):
             out[i, row, head] += math.exp(score - peak) / total * values[row, head * G // N, t].double()
     return out
 
 
 @pytest.mark.parametrize("side", [cached_attention.reference, cached_attention.cpu])
 @pytest.mark.parametrize("padding", [(0, 0, 0), (0, 4, 2), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 20])
 @pytest.mark.parametrize(("queries", "end"), [(6, 6), (5, 9), (1, 9), (1, 12)])
-def test_it_equals_attention_query_by_query(side, padding: tuple[int, ...], queries: int, end: int) -> None:
+def test_it_equals_attention_query_by_query(
+    side, padding: tuple[int, ...], queries: int, end: int, window: int | None
+) -> None:
     torch.manual_seed(0)
     q, keys, values = torch.randn(queries, B, N, D), torch.randn(B, G, ROOM, D), torch.randn(B, G, ROOM, D)
-    expected = query_by_query(q, keys, values, end, padding)
+    expected = query_by_query(q, keys, values, end, padding, window)
     keys[:, :, end:] = values[:, :, end:] = float("nan")  # what is not written yet is not read
-    found = side(q, keys, values, Extent(queries, end, ROOM, padding, q.device), scale=SCALE)
+    if window is not None:  # nor is what lies before every window
+        past = max(0, end - queries + 1 - window)
+        keys[:, :, :past] = values[:, :, :past] = float("nan")
+    found = side(q, keys, values, Extent(queries, end, ROOM, padding, q.device, window), scale=SCALE)
     assert found.shape == q.shape
     for row, begin in enumerate(padding):
         real = max(0, begin - (end - queries))
@@ -59,6 +68,16 @@ def test_an_extent_says_what_each_operator_asks_for() -> None:
     assert extent.hidden[..., 4:].all()
     even = Extent(2, 4, 6, (0, 0), torch.device("cpu"))
     assert even.mask is even.hidden is None
+    near = Extent(2, 4, 6, (0, 3), torch.device("cpu"), window=2)
+    assert (near.first, near.lengths) == (1, [3, 1])
+    assert near.mask is not None
+    assert near.mask.int().tolist() == [[[[1, 1, 0], [0, 1, 1]]], [[[0, 1, 0], [0, 0, 1]]]]
+    assert near.hidden is not None
+    assert near.hidden.shape == (2, 1, 2, 6)
+    assert torch.equal(near.hidden[..., 1:4], ~near.mask)
+    assert near.hidden[..., [0, 4, 5]].all()
+    token = Extent(1, 4, 6, (0, 0), torch.device("cpu"), window=2)
+    assert (token.first, token.lengths, token.mask) == (2, [2, 2], None)
 
 
 @pytest.mark.parametrize(

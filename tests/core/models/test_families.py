@@ -20,7 +20,15 @@ from tests.harness import run_ranks
 
 # fp32: two orders of summation of a few hundred terms of size one
 LOGITS = 1e-5
-VARIANTS = list(itertools.product(CLASSES, (True, False), (4, 8)))
+Variant = tuple[str, bool, int, dict[str, Any]]  # family, tied, key heads, keys of config.json
+SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+VARIANTS: list[Variant] = [(*variant, {}) for variant in itertools.product(CLASSES, (True, False), (4, 8))]
+VARIANTS += [
+    ("mistral", False, 4, {"sliding_window": None}),
+    ("mixtral", False, 4, {"sliding_window": 5}),
+    ("qwen2", False, 4, SLIDING),
+    ("qwen3", False, 4, SLIDING),
+]
 SPLIT = [(name, tied, 4 if tied else 8) for name in CLASSES for tied in (True, False)]
 
 
@@ -42,12 +50,12 @@ def _build(model: Any, mesh: Mesh) -> tuple[Any, Any, Architecture]:
     return chunks[0], family, arch
 
 
-def compare_alone(variants: list[tuple[str, bool, int]]) -> list[tuple[float, float, float]]:
+def compare_alone(variants: list[Variant]) -> list[tuple[float, float, float]]:
     """Per variant: the largest relative difference of logits, of the loss and of the embedding's gradient."""
     differences = []
     mesh = Mesh.create(ParallelConfig(), Device.open("cpu"))
-    for name, tied, groups in variants:
-        reference = hf_model(name, tied=tied, groups=groups)
+    for name, tied, groups, keys in variants:
+        reference = hf_model(name, tied=tied, groups=groups, **keys)
         ours, _family, _arch = _build(reference, mesh)
         tokens, labels, weights = _batch()
         expected = reference(tokens).logits
@@ -163,7 +171,7 @@ def test_every_preset_has_an_architecture_whose_rows_are_complete():
 
 
 def test_preset_sizes_equal_the_published_parameter_counts():
-    published = {"llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920, "smollm2-135m": 134_515_008, "tinyllama-1.1b": 1_100_048_384, "mixtral-8x7b": 46_702_792_704}  # fmt: skip
+    published = {"llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920, "smollm2-135m": 134_515_008, "tinyllama-1.1b": 1_100_048_384, "mistral-7b-v0.1": 7_241_732_096, "mistral-7b-v0.3": 7_248_023_552, "mixtral-8x7b": 46_702_792_704}  # fmt: skip
     for name, expected in published.items():
         config = preset(name)
         family = family_of(config)
@@ -179,11 +187,50 @@ def test_preset_sizes_equal_the_published_parameter_counts():
         ({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}, "num_hidden_layers"),
         ({**preset("llama2-7b"), "attention_bias": True}, "attention_bias=True"),
         ({**preset("llama2-7b"), "hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({**preset("mistral-7b-v0.1"), "sliding_window": 0}, "sliding_window=0 is no number of positions"),
+        (
+            {**preset("qwen2.5-14b"), "use_sliding_window": True, "max_window_layers": 40},
+            "8 of 48 layers have a sliding window",
+        ),
+        (
+            {
+                **preset("mixtral-8x7b"),
+                "sliding_window": 9,
+                "layer_types": ["full_attention", "sliding_attention"] * 16,
+            },
+            "16 of 32 layers have a sliding window",
+        ),
     ],
 )
 def test_a_configuration_we_cannot_build_is_refused(config: dict[str, Any], message: str):
     with pytest.raises(InputError, match=message):
         family_of(config).architecture(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "window"),
+    [
+        ("mistral-7b-v0.1", {}, 4096),
+        ("mistral-7b-v0.1", {"layer_types": ["full_attention"] * 32}, None),
+        ("mistral-7b-v0.3", {}, None),
+        ("mixtral-8x7b", {}, None),
+        ("mixtral-8x7b", {"sliding_window": 9}, 9),
+        ("qwen2.5-7b", {"sliding_window": 9}, None),  # is there, and is not used
+        ("qwen2.5-7b", {"use_sliding_window": True, "sliding_window": 9}, None),  # of layer 28 on, and there is none
+        ("qwen3-8b", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, 9),
+        ("qwen3-8b", {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 36}, 4096),
+        ("qwen3-8b", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
+    ],
+)
+def test_a_window_is_read_as_transformers_reads_it(name: str, keys: dict[str, Any], window: int | None):
+    config = {**preset(name), **keys}
+    assert family_of(config).architecture(config).window == window
+
+
+def test_a_mistral_configuration_without_the_key_has_its_default_window():
+    config = preset("mistral-7b-v0.1")
+    del config["sliding_window"]
+    assert family_of(config).architecture(config).window == 4096
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,14 @@ def test_heads_that_cannot_be_dealt_are_told_with_the_ranks_that_can() -> None:
     assert context.head_problems(ParallelConfig(cp=3), 8) == []
 
 
+@pytest.mark.parametrize("keys", [{"cp": 2}, {"cp": 4, "cp_algorithm": "hybrid", "ulysses": 2}])
+def test_a_ring_without_windows_is_told_with_what_has_them(keys: dict[str, Any]) -> None:
+    (fault,) = context.window_problems(ParallelConfig(**keys), 4096)
+    assert "(sliding_window=4096); use parallel.cp_algorithm=ulysses" in fault
+    assert context.window_problems(ParallelConfig(**keys), None) == []
+    assert context.window_problems(ParallelConfig(cp=2, cp_algorithm="ulysses"), 4096) == []
+
+
 @pytest.mark.parametrize(
     ("keys", "fault"),
     [

@@ -38,6 +38,7 @@ class Case(NamedTuple):
     widths: tuple[int, int] = (8, 8)  # of keys and of values
     dtype: torch.dtype = torch.float64
     side: str = "auto"
+    reach: int | None = None  # positions that a query sees
 
     def __str__(self) -> str:
         values = zip(self._fields, self, Case(), strict=True)
@@ -55,6 +56,7 @@ def cases(world: int) -> list[Case]:
         for sees, rows, side in product(("causal", "general", "packed"), (1, 2), ("auto", "reference"))
     ]
     found += [Case(ulysses=world, sees=sees, heads=even) for sees in ("causal", "general", "packed")]
+    found += [Case(ulysses=world, sees=sees, heads=even, reach=7) for sees in ("causal", "general", "packed")]
     found += [Case(ulysses=world, rows=1, heads=heads) for heads in ((12, 12), (12, 4), (12, 1))]
     found += [Case(zigzag=False, sees=sees) for sees in ("causal", "general", "packed")]
     found += [Case(overlap=True), Case(window=world), Case(heads=(6, 1)), Case(widths=(12, 8), heads=(4, 4))]
@@ -97,9 +99,13 @@ def oracle(case: Case) -> list[Tensor]:
     seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None]
     if segments is not None:
         seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
+    if mask is not None:
+        seen = mask
+    if case.reach is not None:
+        seen = seen & (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH) < case.reach)
     out = F.scaled_dot_product_attention(
         *(x.permute(1, 2, 0, 3) for x in (q, k, v)),
-        attn_mask=mask if mask is not None else seen,
+        attn_mask=seen,
         scale=0.3,
         enable_gqa=True,
     ).permute(2, 0, 1, 3)
@@ -131,7 +137,7 @@ def attends(world: int) -> dict[str, float]:
         mine = split.positions(LENGTH)
         q, k, v, grad = (x[mine] for x in tensors)
         q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
-        plan = split.plan(LENGTH, mask=mask, segments=segments)
+        plan = split.plan(LENGTH, mask=mask, segments=segments, window=case.reach)
         out = plan.attention(q, k, v, scale=0.3, kernels=kernels(case.side))
         got = [out, *torch.autograd.grad(out, (q, k, v), grad)]
         got = [x.detach() for x in got]

@@ -42,6 +42,7 @@ def megatron_args(arch: Architecture, layout: Layout, dtype: torch.dtype) -> Nam
         swiglu=True,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
+        window_size=None if arch.window is None else (arch.window - 1, 0),  # positions before a query and behind it
         untie_embeddings_and_output_weights=arch.untied,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -2,13 +2,14 @@
 
 Layouts: q [s, b, n, d]; k, v [t, b, g, d] with g dividing n; result [s, b, n, d]. `mask` is boolean [b or 1, 1, s, t],
 True where a query may see a key, at least one key per query; without it attention is causal, the queries being the last
-s of the t positions. With `segments` several documents share a row and each is causal for itself; then s = t.
+s of the t positions. With `segments` several documents share a row and each is causal for itself; then s = t. A `window`
+hides the keys that lie as many positions as that, or more, before a query.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,17 @@ def reference(
     scale: float,
     mask: Tensor | None = None,
     segments: Segments | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention by torch's own fused paths (flash on CPU and CUDA)."""
     s, t = q.shape[0], k.shape[0]
     if segments is not None:
         assert mask is None, "a mask holds its documents itself"
         mask = segments.mask(q.device, causal=True)
-    if mask is None and 1 < s < t:
+    if narrows(window, t):
+        near = within(window, s, t, q.device)
+        mask = near.tril(t - s) if mask is None else mask & near
+    elif mask is None and 1 < s < t:
         mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)[None, None]
     out = F.scaled_dot_product_attention(
         *(x.permute(1, 2, 0, 3) for x in (q, k, v)),
@@ -42,6 +47,16 @@ def reference(
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.permute(2, 0, 1, 3)
+
+
+def narrows(window: int | None, t: int) -> TypeGuard[int]:
+    """Return True for a window that hides one of t keys from some query."""
+    return window is not None and window < t
+
+
+def within(window: int, s: int, t: int, device: torch.device) -> Tensor:
+    """Return [1, 1, s, t], False where a key lies too far before a query; the queries are the last s positions."""
+    return torch.ones(1, 1, s, t, dtype=torch.bool, device=device).triu(t - s - window + 1)
 
 
 WIDEST = 768  # an NPU attends with heads of at most this width
@@ -57,27 +72,28 @@ def cpu(
     scale: float,
     mask: Tensor | None = None,
     segments: Segments | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention on a CPU: in blocks of rows while a sequence is short, torch's flash attention beyond.
 
     torch's CPU kernel recomputes the probabilities in the backward pass, which pays only for long sequences.
     """
     if segments is not None:
-        return _each(q, k, v, scale, segments)
+        return _each(q, k, v, scale, segments, window)
     s, t = q.shape[0], k.shape[0]
-    if mask is None and s == t and BLOCKS <= s <= LONGEST:
+    if mask is None and not narrows(window, t) and s == t and BLOCKS <= s <= LONGEST:
         if matmul.widens() and q.dtype != torch.float32 and q.dtype != torch.float64:
             return _Blocked.apply(q.float(), k.float(), v.float(), scale).to(q.dtype)
         return _Blocked.apply(q, k, v, scale)
-    return reference(q, k, v, scale=scale, mask=mask)
+    return reference(q, k, v, scale=scale, mask=mask, window=window)
 
 
-def _each(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+def _each(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int | None) -> Tensor:
     """Attention document by document: the work falls with the square of their lengths."""
     rows = []
     for row, lengths in zip(zip(*(x.split(1, 1) for x in (q, k, v)), strict=True), segments.lengths, strict=True):
         documents = zip(*(x.split(lengths) for x in row), strict=True)
-        rows.append(torch.cat([cpu(*document, scale=scale) for document in documents]))
+        rows.append(torch.cat([cpu(*document, scale=scale, window=window) for document in documents]))
     return torch.cat(rows, 1)
 
 
@@ -145,44 +161,55 @@ def npu(
     scale: float,
     mask: Tensor | None = None,
     segments: Segments | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention by `npu_fusion_attention` in layout SBH; its masks are True where a key is hidden."""
     check(q, k, v)
     if segments is not None:
-        return _npu_documents(q, k, v, scale, segments)
+        return _npu_documents(q, k, v, scale, segments, window)
     s, t = q.shape[0], k.shape[0]
+    how: dict[str, Any]
     if mask is not None:
-        hidden, sparse_mode = ~mask.expand(q.shape[1], 1, s, t), 0
+        seen = mask & within(window, s, t, q.device) if narrows(window, t) else mask
+        how = {"atten_mask": ~seen.expand(q.shape[1], 1, s, t)}
     elif s == 1:
-        hidden, sparse_mode = None, 0
+        how = {}
+        if narrows(window, t):
+            k, v = k[-window:], v[-window:]
     else:
-        hidden, sparse_mode = triangle(q.device), 3  # causal, the corner at the last query and the last key
+        how = _causal(window, t, q.device)
     out = torch.ops.npu.npu_fusion_attention(
         *(x.flatten(2) for x in (q, k, v)),
         q.shape[2],
         "SBH",
-        atten_mask=hidden,
         scale=scale,
-        sparse_mode=sparse_mode,
+        **how,
     )[0]
     return out.unflatten(2, (q.shape[2], -1))
 
 
-def _npu_documents(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+def _npu_documents(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int | None) -> Tensor:
     """The documents of all rows one after another, in layout TND: row 0 first, in the order of `segments`."""
     s, b, n, _ = q.shape
     ends = [span.row * s + span.last_query for span in segments.spans]
+    longest = max(length for row in segments.lengths for length in row)
     out = torch.ops.npu.npu_fusion_attention(
         *(x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)),
         n,
         "TND",
-        atten_mask=triangle(q.device),
         scale=scale,
-        sparse_mode=3,
+        **_causal(window, longest, q.device),
         actual_seq_qlen=ends,
         actual_seq_kvlen=ends,
     )[0]
     return out.unflatten(0, (b, s)).transpose(0, 1)
+
+
+def _causal(window: int | None, t: int, device: torch.device) -> dict[str, Any]:
+    """Return how causality is said to the operator; both modes have their corner at the last query and the last key."""
+    if narrows(window, t):  # it counts the positions before a query, not the query's own
+        return {"atten_mask": triangle(device), "sparse_mode": 4, "pre_tockens": window - 1, "next_tockens": 0}
+    return {"atten_mask": triangle(device), "sparse_mode": 3}
 
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -6,6 +6,8 @@ nothing, so that rows of different lengths end together:
 
     row 0    a b c d e .  .      end 5, room 7, padding 0
     row 1    - - x y z .  .                     padding 2
+
+With a `window` a query sees of these the last `window` positions, its own among them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Extent:
     room: int  # positions that the cache has room for
     padding: tuple[int, ...]  # of each row
     device: torch.device
+    window: int | None = None
 
     @property
     def ragged(self) -> bool:
@@ -42,24 +45,34 @@ class Extent:
 
     @property
     def lengths(self) -> list[int]:
-        """How many positions of each row hold something."""
-        return [self.end - padding for padding in self.padding]
+        """How many positions of each row hold something that a query sees."""
+        return [self.end - max(padding, self.first) for padding in self.padding]
+
+    @property
+    def first(self) -> int:
+        """The first position that a query sees: a window leaves those before it behind."""
+        return 0 if self.window is None else max(0, self.end - self.queries - self.window + 1)
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """True where a query sees a key, [b, 1, s, end]; None where causality says it all."""
-        if not self.ragged:
+        """True where a query sees a key, [b, 1, s, end - first]; None where causality says it all."""
+        # one query sees all that its window reaches
+        window = self.window if self.queries > 1 and attention.narrows(self.window, self.end) else None
+        if window is None and not self.ragged:
             return None
-        key = torch.arange(self.end, device=self.device)
-        query = key[self.end - self.queries :, None]
+        key = torch.arange(self.first, self.end, device=self.device)
+        query = key[-self.queries :, None]
         begin = torch.tensor(self.padding, device=self.device)[:, None, None]
+        seen = (key <= query) & (key >= begin)
+        if window is not None:
+            seen &= key > query - window
         # a position of padding sees itself: nothing at all would be NaN, which a mask does not stop
-        return (((key <= query) & (key >= begin)) | (key == query))[:, None]
+        return (seen | (key == query))[:, None]
 
     @cached_property
     def hidden(self) -> Tensor | None:
         """The contrary over all of the cache's room, [b, 1, s, room]."""
-        return None if self.mask is None else F.pad(~self.mask, (0, self.room - self.end), value=True)
+        return None if self.mask is None else F.pad(~self.mask, (self.first, self.room - self.end), value=True)
 
     @cached_property
     def behind(self) -> Tensor:
@@ -75,8 +88,8 @@ def reference(q: Tensor, keys: Tensor, values: Tensor, extent: Extent, *, scale:
     # a group's heads look at the same keys: as queries of one head they read them once
     out = F.scaled_dot_product_attention(
         q.reshape(b, keys.shape[1], -1, d),
-        keys[:, :, : extent.end],
-        values[:, :, : extent.end],
+        keys[:, :, extent.first : extent.end],
+        values[:, :, extent.first : extent.end],
         attn_mask=extent.mask,
         scale=scale,
     )
@@ -103,10 +116,10 @@ def npu(q: Tensor, keys: Tensor, values: Tensor, extent: Extent, *, scale: float
     how: dict[str, Any] = {"input_layout": "BNSD_BSND", "actual_seq_lengths_kv": [extent.end] * b}
     if s == 1:
         how = {"input_layout": "BNSD", "actual_seq_lengths_kv": extent.lengths}
-        if extent.ragged:
+        if extent.ragged or extent.first:
             how["kv_padding_size"] = extent.behind  # rows end there, and begin at different places
-    elif extent.ragged:
-        how["atten_mask"] = extent.hidden
+    elif extent.hidden is not None:
+        how["atten_mask"] = extent.hidden  # for a window too: it is not documented where this operator's band begins
     else:
         how |= {"atten_mask": attention.triangle(q.device), "sparse_mode": 3}  # the corner at the last query and key
     out, _lse = torch.ops.npu.npu_fused_infer_attention_score(
@@ -140,5 +153,6 @@ def takes(q: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 def _written(keys: Tensor, values: Tensor, extent: Extent) -> tuple[Tensor, Tensor]:
-    """Return what the cache holds as [t, b, g, d], the layout of the other kernels, without a copy."""
-    return keys[:, :, : extent.end].permute(2, 0, 1, 3), values[:, :, : extent.end].permute(2, 0, 1, 3)
+    """Return what is seen of the cache as [t, b, g, d], the layout of the other kernels, without a copy."""
+    seen = slice(extent.first, extent.end)
+    return keys[:, :, seen].permute(2, 0, 1, 3), values[:, :, seen].permute(2, 0, 1, 3)

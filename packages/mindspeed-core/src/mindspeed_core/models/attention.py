@@ -52,10 +52,10 @@ class Cache:
         values[:, :, self.length : end] = v.permute(1, 2, 0, 3)
         return keys, values
 
-    def extent(self, positions: int, padding: Sequence[int] | None) -> Extent:
+    def extent(self, positions: int, padding: Sequence[int] | None, window: int | None = None) -> Extent:
         """Return what a pass over the next `positions` attends to; `padding` positions of each row at its beginning are empty."""
         padding = (0,) * self.batch if padding is None else tuple(padding)
-        return Extent(positions, self.length + positions, self.max_length, padding, self.device)
+        return Extent(positions, self.length + positions, self.max_length, padding, self.device, window)
 
     def written(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `extend`, but return the pair as [t, b, heads, width] without the room behind it."""
@@ -84,16 +84,17 @@ class AttentionPlan:
     sin: Tensor
     mask: Tensor | None = None  # bool [b or 1, 1, s, t], True where a query sees a key; None: causal
     cache: Cache | None = None
-    extent: Extent | None = None  # of the cache; it holds the mask then
+    extent: Extent | None = None  # of the cache; it holds mask and window then
     segments: Segments | None = None  # the documents of each row; each is causal for itself
-    context: ContextPlan | None = None  # how sequences cut over ranks are attended; it holds mask and segments then
+    window: int | None = None  # how many positions a query sees, its own among them; None: all
+    context: ContextPlan | None = None  # how sequences cut over ranks are attended; it holds the three then
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, kernels: Kernels) -> Tensor:
         """Return attention [s, b, n, e] of q [s, b, n, d] to k [t, b, g, d] and v [t, b, g, e], by the rules of this pass."""
         if self.context is not None:
             return self.context.attention(q, k, v, scale=scale, kernels=kernels)
         mask = self.mask if self.extent is None else self.extent.mask
-        return kernels.attention(q, k, v, scale=scale, mask=mask, segments=self.segments)
+        return kernels.attention(q, k, v, scale=scale, mask=mask, segments=self.segments, window=self.window)
 
     def cached_attention(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, kernels: Kernels

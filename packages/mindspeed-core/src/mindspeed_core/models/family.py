@@ -85,6 +85,7 @@ class Architecture:
     rope_scaling: Mapping[str, Any] | None = None  # as in config.json, without rope_theta
     tied: bool = False  # the output layer is the word embedding
     qkv_bias: bool = False
+    window: int | None = None  # how many positions a query sees, its own among them, in every layer; None: all
     qk_norm: bool = False  # RMSNorm over head_dim of q and k before the rotary embedding
     init_std: float = 0.02
     experts: Experts | None = None  # None: every layer is dense

@@ -167,10 +167,10 @@ class LanguageModel(LanguageModule):
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
             if padding is not None and any(padding):
                 positions = (positions - torch.tensor(padding, device=tokens.device)[:, None]).clamp_min(0)
-        across = None
+        across, window = None, self.arch.window
         if self.context is not None:
             assert cache is None, "a cache holds whole sequences"
-            across = self.context.plan(tokens.shape[1], mask=mask, segments=segments)
+            across = self.context.plan(tokens.shape[1], mask=mask, segments=segments, window=window)
             tokens, positions = self.context.share(tokens), self.context.share(positions)
         cos, sin = self.angles(positions)
         if across is not None:
@@ -178,9 +178,10 @@ class LanguageModel(LanguageModule):
         elif cache is not None:
             assert mask is None, "a cache is attended causally"
             assert segments is None, "a cache holds one document per row"
-            plan = AttentionPlan(cos, sin, cache=cache, extent=cache.extent(tokens.shape[1], padding))
+            plan = AttentionPlan(cos, sin, cache=cache, extent=cache.extent(tokens.shape[1], padding, window))
         else:
-            plan = AttentionPlan(cos, sin, mask, segments=None if segments is None else Segments.of(segments))
+            documents = None if segments is None else Segments.of(segments)
+            plan = AttentionPlan(cos, sin, mask, segments=documents, window=window)
         hidden = self.embedding(tokens) if self.pre_process else None
         routed = None if weights is None or self.arch.experts is None else self._own(weights)
         # what Megatron calls `padding_mask` goes unread to where the experts are chosen

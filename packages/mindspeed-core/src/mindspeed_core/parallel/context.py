@@ -68,10 +68,17 @@ class ContextSplit:
         """Return this rank's positions [b, s/cp] of a tensor [b, s]."""
         return tensor.index_select(1, self.positions(tensor.shape[1]).to(tensor.device))
 
-    def plan(self, length: int, *, mask: Tensor | None = None, segments: Tensor | None = None) -> ContextPlan:
-        """Return how to attend in sequences of that length: causal, by a mask [b or 1, 1, s, s], or by document [b, s]."""
+    def plan(
+        self, length: int, *, mask: Tensor | None = None, segments: Tensor | None = None, window: int | None = None
+    ) -> ContextPlan:
+        """Return how to attend in sequences of that length: causal, by a mask [b or 1, 1, s, s], or by document [b, s].
+
+        A ring has no window; `window_problems` says so before a model is built.
+        """
         if self.ring.size == 1:
-            return ContextPlan(self, mask=mask, segments=None if segments is None else Segments.of(segments))
+            documents = None if segments is None else Segments.of(segments)
+            return ContextPlan(self, mask=mask, segments=documents, window=window)
+        assert window is None, "a window in a ring"
         places = [self.place(length, rank) for rank in range(self.ring.size)]
         ids = (
             None if segments is None else segments.cpu()
@@ -110,6 +117,7 @@ class ContextPlan:
     works: tuple[tuple[Work, ...], ...] | None = None  # by place of the ring; None: there is no ring
     mask: Tensor | None = None
     segments: Segments | None = None
+    window: int | None = None
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, kernels: Kernels) -> Tensor:
         """Return attention [s/cp, b, n, e] of this rank's queries to the keys of all: q, k, v are its positions."""
@@ -117,7 +125,8 @@ class ContextPlan:
         if ulysses.size > 1:
             q, k, v = scatter_heads(q, k, v, ulysses.group)
         if self.works is None:
-            out = kernels.attention(q, k, v, scale=scale, mask=self.mask, segments=self.segments)
+            how = {"scale": scale, "mask": self.mask, "segments": self.segments, "window": self.window}
+            out = kernels.attention(q, k, v, **how)
         else:
             out = ring_attention(
                 q, k, v, scale=scale, ring=self.split.ring, works=self.works, block=kernels.attention_block
@@ -164,4 +173,14 @@ def head_problems(config: ParallelConfig, num_heads: int) -> list[str]:
     return [
         f"{key}={config.ulysses_size} with parallel.tp={config.tp} does not divide num_attention_heads={num_heads}; "
         f"use {' or '.join(fitting) or 'a smaller parallel.tp'}"
+    ]
+
+
+def window_problems(config: ParallelConfig, window: int | None) -> list[str]:
+    """Return what keeps a model whose queries see a window of positions from being split so."""
+    if window is None or config.ring_size == 1:
+        return []
+    return [
+        f"parallel.cp_algorithm={config.cp_algorithm}: its ring does not attend in the sliding window of this model "
+        f"(sliding_window={window}); use parallel.cp_algorithm=ulysses"
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from mindspeed_core.models.families.llama import WEIGHTS as LLAMA_WEIGHTS
 from mindspeed_core.models.families.llama import decoder, refuse
+from mindspeed_core.models.families.mistral import sliding_window
 from mindspeed_core.models.family import Architecture, Experts, Family, Weight, gated, replicated, router_of, row
 
 DENSE = "decoder.layers.{i}.mlp."  # the rows that a mixture of experts replaces
@@ -14,7 +15,7 @@ DENSE = "decoder.layers.{i}.mlp."  # the rows that a mixture of experts replaces
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a Mixtral configuration."""
-    refuse(config, "attention_bias", "sliding_window")
+    refuse(config, "attention_bias")
     experts = Experts(
         count=config.get("num_local_experts", 8),
         top_k=config.get("num_experts_per_tok", 2),
@@ -23,7 +24,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         aux_loss=config.get("router_aux_loss_coef", 0.02),
         jitter=config.get("router_jitter_noise") or 0.0,
     )
-    return Architecture(**decoder(config), experts=experts)
+    return Architecture(**decoder(config), window=sliding_window(config, default=None), experts=experts)
 
 
 WEIGHTS = (

@@ -6,19 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindspeed_core.models.families.llama import WEIGHTS, decoder, refuse
+from mindspeed_core.models.families.mistral import sliding_window
 from mindspeed_core.models.family import Architecture, Family
 
 
 def qwen2(config: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a Qwen2 or Qwen2.5 configuration."""
-    refuse(config, "use_sliding_window")
-    return Architecture(**decoder(config), qkv_bias=True)
+    refuse(config)
+    return Architecture(**decoder(config), window=_window(config), qkv_bias=True)
 
 
 def qwen3(config: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a Qwen3 configuration."""
-    refuse(config, "attention_bias", "use_sliding_window")
-    return Architecture(**decoder(config), qk_norm=True)
+    refuse(config, "attention_bias")
+    return Architecture(**decoder(config), window=_window(config), qk_norm=True)
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    if not config.get("use_sliding_window"):
+        return None
+    return sliding_window(config, default=4096, first=config.get("max_window_layers", 28))
 
 
 def _size(
