@@ -52,11 +52,13 @@ def _attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
     return _kernels().attention.npu(q, k, v, scale=0.1, **options)
 
 
-def _cached(q: Any, keys: Any, values: Any, padding: tuple[int, ...] = (0, 0), window: int | None = None) -> Any:
+def _cached(
+    q: Any, keys: Any, values: Any, padding: tuple[int, ...] = (0, 0), window: int | None = None, **options: Any
+) -> Any:
     from mindspeed_core.kernels.cached_attention import Extent
 
     extent = Extent(len(q), S, ROOM, padding, q.device, window)
-    return _kernels().cached_attention.npu(q, keys, values, extent, scale=0.1)
+    return _kernels().cached_attention.npu(q, keys, values, extent, scale=0.1, **options)
 
 
 def _sum_and_norm(x: Any, residual: Any, weight: Any) -> list[Any]:
@@ -70,6 +72,11 @@ def _mask(rows: int = 1, keys: int = S) -> Any:
     import torch
 
     return torch.empty(rows, 1, S, keys, dtype=torch.bool, device="npu")
+
+
+def _biases() -> Any:
+    alibi = _kernels().alibi
+    return alibi.Alibi(alibi.slopes(N)).to("npu")
 
 
 def _segments() -> Any:
@@ -125,6 +132,11 @@ GOOD: dict[str, tuple[tuple[Shape, ...], Callable[..., Any]]] = {
     ),
     "attention with a mask in a window": (QKV, lambda q, k, v: _attention(q, k, v, mask=_mask(), window=4)),
     "attention of documents in a window": (QKV, lambda q, k, v: _attention(q, k, v, segments=_segments(), window=3)),
+    "attention with biases": (QKV, lambda q, k, v: _attention(q, k, v, alibi=_biases())),
+    "attention of documents with biases": (
+        QKV,
+        lambda q, k, v: _attention(q, k, v, segments=_segments(), alibi=_biases()),
+    ),
     "attention in fp32": (tuple(x._replace(dtype="float32") for x in QKV), _attention),
     "attention with narrow values": (
         (shape(S, B, N, 192), shape(S, B, N, 192), shape(S, B, N, 128)),
@@ -143,6 +155,7 @@ GOOD: dict[str, tuple[tuple[Shape, ...], Callable[..., Any]]] = {
     "cache, a token of uneven rows": ((STEP, *CACHE), lambda *qkv: _cached(*qkv, padding=(0, 2))),
     "cache, a prompt in a window": ((CHUNK, *CACHE), lambda *qkv: _cached(*qkv, window=4)),
     "cache, a token in a window": ((STEP, *CACHE), lambda *qkv: _cached(*qkv, window=4)),
+    "cache, a token with biases": ((STEP, *CACHE), lambda *qkv: _cached(*qkv, alibi=_biases())),
     "cache in fp32": (tuple(x._replace(dtype="float32") for x in (STEP, *CACHE)), _cached),
     "cache of wide heads": (
         (shape(1, B, N, 576, grad=False), *[shape(B, G, ROOM, 576, grad=False)] * 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_core.kernels import (
+    alibi,
     attention,
     attention_block,
     cached_attention,
@@ -36,7 +38,7 @@ Sides = tuple[Side, Side, tuple[tuple[int, ...], ...]]
 def _attention(**options: Any) -> Callable[[Any], Side]:
     def side(kernel: Any) -> Side:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            there = {name: x.to(q.device) if isinstance(x, Tensor) else x for name, x in options.items()}
+            there = {name: copy.deepcopy(x).to(q.device) if hasattr(x, "to") else x for name, x in options.items()}
             return kernel(q, k, v, scale=0.3, **there)
 
         return call
@@ -47,6 +49,10 @@ def _attention(**options: Any) -> Callable[[Any], Side]:
 def _masked() -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return (torch.rand(B, 1, S, S, generator=generator) > 0.5) | torch.eye(S, dtype=torch.bool)
+
+
+def _biases() -> alibi.Alibi:
+    return alibi.Alibi(alibi.slopes(N))
 
 
 def _documents() -> Segments:
@@ -90,6 +96,10 @@ CASES: dict[str, Sides] = {
             ("attention of later queries in a window", _attention(window=5), ((5, B, N, D), *QKV[1:])),
             ("attention with a mask in a window", _attention(mask=_masked(), window=5), QKV),
             ("attention of documents in a window", _attention(segments=_documents(), window=4), QKV),
+            ("attention with biases", _attention(alibi=_biases()), QKV),
+            ("attention of later queries with biases", _attention(alibi=_biases()), ((5, B, N, D), *QKV[1:])),
+            ("attention with a mask and biases", _attention(mask=_masked(), alibi=_biases()), QKV),
+            ("attention of documents with biases", _attention(segments=_documents(), alibi=_biases()), QKV),
             ("attention with narrow values", _attention(), ((S, B, N, D), (S, B, N, D), (S, B, N, 8))),
         )
     },
@@ -165,18 +175,20 @@ def test_a_block_of_a_ring_equals_the_reference(options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("padding", [(0, 0), (0, 4), (3, 5)], ids=str)
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("window", "biased"), [(None, False), (5, False), (None, True)])
 @pytest.mark.parametrize(("queries", "end"), [(7, 7), (6, 9), (1, 9), (1, 12)])
 def test_attention_over_a_cache_equals_the_reference(
-    queries: int, end: int, window: int | None, padding: tuple[int, ...], dtype: torch.dtype
+    queries: int, end: int, window: int | None, biased: bool, padding: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     q, keys, values = (torch.randn(*shape).to(dtype) for shape in ((queries, B, N, D), (B, G, S, D), (B, G, S, D)))
     keys[:, :, end:] = values[:, :, end:] = float("nan")  # what is not written yet is not read
     exact = Extent(queries, end, S, padding, torch.device("cpu"), window)
-    expected = cached_attention.reference(q.float(), keys.float(), values.float(), exact, scale=0.3)
+    biases = _biases() if biased else None
+    expected = cached_attention.reference(q.float(), keys.float(), values.float(), exact, scale=0.3, alibi=biases)
     extent = Extent(queries, end, S, padding, torch.device("npu", 0), window)
-    found = cached_attention.npu(q.to("npu"), keys.to("npu"), values.to("npu"), extent, scale=0.3)
+    biases = _biases().to("npu") if biased else None
+    found = cached_attention.npu(q.to("npu"), keys.to("npu"), values.to("npu"), extent, scale=0.3, alibi=biases)
     assert found.dtype == dtype
     for row, begin in enumerate(padding):  # what stands at a row's padding is nobody's
         real = max(0, begin - (end - queries))

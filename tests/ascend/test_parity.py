@@ -15,7 +15,7 @@ import yaml
 
 from tests.harness import run_command
 from tests.train import runs
-from tests.train.models import EXPERTS, LATENT, LLAMA
+from tests.train.models import ALIBI, EXPERTS, LATENT, LLAMA, WINDOW
 
 pytestmark = pytest.mark.timeout(600)
 STEPS = 5
@@ -26,7 +26,7 @@ OPTIM = {"lr": 1e-2, "min_lr": 1e-3, "warmup": 0, "eps": 1e-3}
 Sections = dict[str, Any]
 # heads as wide as the operator for inference takes them
 WIDE: dict[str, Any] = {**LLAMA, "preset": "qwen3-8b", "head_dim": 16}
-WINDOW: dict[str, Any] = {**LLAMA, "preset": "mistral-7b-v0.1", "sliding_window": 5, "head_dim": 16}
+BAND = {**WINDOW, "sliding_window": 5, "head_dim": 16}
 # layers as wide as the operators take them that hold a collective
 BROAD: dict[str, Any] = {
     **LLAMA,
@@ -43,7 +43,8 @@ OVERLAP = {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gath
 CASES: dict[str, tuple[dict[str, Any], Sections]] = {
     "one process": (LLAMA, ONE),
     "one process, plain torch": (LLAMA, ONE | {"kernels": {"attention": "reference"}}),
-    "window": (WINDOW, ONE),
+    "window": (BAND, ONE),
+    "alibi": (ALIBI, ONE),
     "mla": (LATENT, ONE),
     "experts": (EXPERTS, ONE),
     "tp2 sp": (LLAMA, {"parallel": {"tp": 2, "sp": True, "dp": 1}}),
@@ -242,7 +243,8 @@ if __name__ == "__main__":
 """
 GENERATING = {
     "heads": (WIDE, "npu::npu_fused_infer_attention_score"),
-    "window": (WINDOW, "npu::npu_fused_infer_attention_score"),
+    "window": (BAND, "npu::npu_fused_infer_attention_score"),
+    "alibi": (ALIBI, "npu::npu_fusion_attention"),
     "latents": (LATENT, "npu::npu_fusion_attention"),
 }
 

@@ -34,7 +34,9 @@ def models() -> dict[str, Any]:
     """transformers' models; the ranks get their tensors, since loading transformers takes them many seconds."""
     from tests.core.models.tiny import hf_model
 
-    return {family: hf_model(family, tied=family == "llama") for family in FAMILIES}
+    return {family: hf_model(family, tied=family == "llama") for family in FAMILIES} | {
+        "baichuan": hf_model("baichuan", groups=8)  # linear biases
+    }
 
 
 @pytest.fixture(
@@ -55,8 +57,9 @@ def heard(request: pytest.FixtureRequest, models: dict[str, Any]) -> dict[str, A
         (of_any_length, sent["qwen3"]),
         (of_any_length, (*sent["qwen3"], {"read": 16, "scored": 3})),
         (greedy, (*sent["mistral"], {"read": 4})),
+        (greedy, sent["baichuan"]),
     )
-    names = [*FAMILIES, "sampled", "endings", "context", "scores", "whole", "pieces", "window"]
+    names = [*FAMILIES, "sampled", "endings", "context", "scores", "whole", "pieces", "window", "baichuan"]
     return dict(zip(names, answers, strict=True))
 
 
@@ -84,6 +87,16 @@ def test_greedy_tokens_equal_transformers(family: str, models: dict[str, Any], h
     assert alone == expected
     assert together == expected, "padding changed an answer"
     assert stopped == expected[0][: expected[0].index(expected[0][7])]
+
+
+def test_greedy_tokens_are_those_of_a_model_without_a_cache(models: dict[str, Any], heard: dict[str, Any]) -> None:
+    expected = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(12):
+            tokens.append(int(models["baichuan"](torch.tensor([tokens])).logits[0, -1].argmax()))
+        expected.append(tokens[len(prompt) :])
+    assert heard["baichuan"][:2] == (expected, expected)
 
 
 def sampled(engine: Engine) -> tuple[list[list[int]], list[list[int]], list[int]]:

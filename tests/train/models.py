@@ -1,4 +1,4 @@
-"""Models small enough to train in a test: dense, with experts, and with latent attention."""
+"""Models small enough to train in a test: dense, with a window or linear biases, with experts, with latent attention."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import Any
 from tests.train import runs
 
 LLAMA: dict[str, Any] = {**runs.SIZES, "num_hidden_layers": 4}
+WINDOW: dict[str, Any] = {**runs.SIZES, "preset": "mistral-7b-v0.1", "sliding_window": 6}
+ALIBI: dict[str, Any] = {
+    "preset": "baichuan-13b",
+    **{name: runs.SIZES[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")},
+    "num_attention_heads": 4,
+    "model_max_length": 64,
+}
 EXPERTS: dict[str, Any] = {**LLAMA, "preset": "mixtral-8x7b", "num_local_experts": 4}
 LATENT: dict[str, Any] = {
     "preset": "deepseek-v2-lite",

@@ -77,6 +77,7 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 
 
 def fusion_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Any, ...]:
+    assert "pse" not in options or options["pse"].dtype == query.dtype
     out, peak, total, *_ = npu_attention.fusion_attention(*_wide(query, key, value), **options)
     return out.to(query.dtype), peak, total, query.new_empty(0), 0, 0, 0
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 ALL = 2**31 - 1  # positions before and behind a query where nothing else is said
+LAST = 1024  # rows of biases
 HIDDEN = -1e4  # what a hidden score is set to: a query that sees nothing gets the mean of all values, not 0
 
 
@@ -26,6 +27,7 @@ def fusion_attention(
     head_num: int,
     input_layout: str,
     *,
+    pse: Tensor | None = None,
     atten_mask: Tensor | None = None,
     scale: float = 1.0,
     pre_tockens: int = ALL,
@@ -35,9 +37,10 @@ def fusion_attention(
     actual_seq_kvlen: list[int] | None = None,
 ) -> tuple[Any, ...]:
     """(result, maxima, sums, ...): maxima and sums are fp32 [b, n, s, 8], under TND [total, n, 8]."""
+    assert pse is None or input_layout == "SBH", "for documents it has another form"
     documents = []
     for q, k, v in _documents(query, key, value, head_num, input_layout, actual_seq_qlen, actual_seq_kvlen):
-        scores = _scores(q, k, scale, atten_mask, sparse_mode, (pre_tockens, next_tockens))
+        scores = _scores(q, k, pse, scale, atten_mask, sparse_mode, (pre_tockens, next_tockens))
         peak = scores.amax(-1, keepdim=True)
         total = (scores - peak).exp().sum(-1, keepdim=True)
         out = ((scores - peak).exp() / total) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -57,6 +60,7 @@ def fusion_attention_grad(
     head_num: int,
     input_layout: str,
     *,
+    pse: Tensor | None = None,
     atten_mask: Tensor | None = None,
     softmax_max: Tensor | None = None,
     softmax_sum: Tensor | None = None,
@@ -89,7 +93,7 @@ def fusion_attention_grad(
     grads = []
     for (q, k, v), (grad, _key, out), (peak, total) in zip(parts, others, stats, strict=True):
         repeat = q.shape[1] // k.shape[1]
-        scores = _scores(q, k, scale_value, atten_mask, sparse_mode, (pre_tockens, next_tockens))
+        scores = _scores(q, k, pse, scale_value, atten_mask, sparse_mode, (pre_tockens, next_tockens))
         shares = (scores - peak[..., :1]).exp() / total[..., :1]
         inner = grad @ v.repeat_interleave(repeat, 1).transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
         inner = inner * shares * scale_value
@@ -141,10 +145,19 @@ def _documents(
 
 
 def _scores(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, sparse_mode: int, around: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    pse: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    sparse_mode: int,
+    around: tuple[int, int],
 ) -> Tensor:
-    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
     s, t = scores.shape[-2:]
+    if pse is not None:
+        scores = scores + _whole(pse.to(q.dtype), q.shape[1], s, t, sparse_mode)
+    scores = scores * scale
     if mask is None:
         return scores  # whatever the mode
     assert mask.dtype == torch.bool
@@ -157,3 +170,15 @@ def _scores(
     assert around == (ALL, ALL), "which the mask would have to agree with"
     assert mask.shape == (q.shape[0], 1, s, t)
     return scores.masked_fill(mask, HIDDEN)
+
+
+def _whole(pse: Tensor, n: int, s: int, t: int, sparse_mode: int) -> Tensor:
+    """Return biases [1, n, s, t]; of more than 1024 rows the last ones may say it all, the others being like them, shifted."""
+    if pse.shape == (1, n, s, t):
+        return pse
+    assert s == t > LAST, "as many queries as keys, and more than that"
+    assert sparse_mode in (0, 2, 3)
+    assert pse.shape == (1, n, LAST, t)
+    before = s - LAST
+    shift = (torch.arange(before, 0, -1)[:, None] + torch.arange(t)).clamp(max=t - 1)  # beyond it lies what is masked
+    return torch.cat((pse[:, :, 0, shift], pse), 2)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mindspeed_core.device import Device
 from mindspeed_core.kernels import KernelConfig, cached_attention, select
+from mindspeed_core.kernels.alibi import Alibi
 from mindspeed_core.kernels.cached_attention import Extent
 
 B, N, G, D, ROOM = 3, 6, 2, 16, 12
@@ -17,7 +18,7 @@ SCALE = 0.3
 
 
 def query_by_query(
-    q: Tensor, keys: Tensor, values: Tensor, end: int, padding: tuple[int, ...], window: int | None
+    q: Tensor, keys: Tensor, values: Tensor, end: int, padding: tuple[int, ...], window: int | None, slopes: Tensor
 ) -> Tensor:
     """The oracle, in double; zeros where a row's query is padding."""
     out = torch.zeros(*q.shape[:3], values.shape[3], dtype=torch.float64)
@@ -25,10 +26,10 @@ def query_by_query(
         last = end - len(q) + i  # the position of this query
         first = padding[row] if window is None else max(padding[row], last - window + 1)
         scores = [
-            SCALE * float(q[i, row, head].double() @ keys[row, head * G // N, t].double())
+            SCALE * float(q[i, row, head].double() @ keys[row, head * G // N, t].double()) + slopes[head] * (t - last)
             for t in range(first, last + 1)
         ]
-        peak = max(scores, default=0.0)
+        peak = max(map(float, scores), default=0.0)
         total = sum(math.exp(score - peak) for score in scores)
         for t, score in enumerate(scores, first):
             out[i, row, head] += math.exp(score - peak) / total * values[row, head * G // N, t].double()
@@ -37,19 +38,21 @@ def query_by_query(
 
 @pytest.mark.parametrize("side", [cached_attention.reference, cached_attention.cpu])
 @pytest.mark.parametrize("padding", [(0, 0, 0), (0, 4, 2), (1, 1, 1)], ids=str)
-@pytest.mark.parametrize("window", [None, 1, 3, 7, 20])
+@pytest.mark.parametrize(("window", "biased"), [(None, 0), (1, 0), (3, 0), (7, 0), (20, 0), (None, 1), (7, 1)])
 @pytest.mark.parametrize(("queries", "end"), [(6, 6), (5, 9), (1, 9), (1, 12)])
 def test_it_equals_attention_query_by_query(
-    side, padding: tuple[int, ...], queries: int, end: int, window: int | None
+    side, padding: tuple[int, ...], queries: int, end: int, window: int | None, biased: int
 ) -> None:
     torch.manual_seed(0)
     q, keys, values = torch.randn(queries, B, N, D), torch.randn(B, G, ROOM, D), torch.randn(B, G, ROOM, D)
-    expected = query_by_query(q, keys, values, end, padding, window)
+    slopes = torch.rand(N) * biased
+    expected = query_by_query(q, keys, values, end, padding, window, slopes)
     keys[:, :, end:] = values[:, :, end:] = float("nan")  # what is not written yet is not read
     if window is not None:  # nor is what lies before every window
         past = max(0, end - queries + 1 - window)
         keys[:, :, :past] = values[:, :, :past] = float("nan")
-    found = side(q, keys, values, Extent(queries, end, ROOM, padding, q.device, window), scale=SCALE)
+    extent = Extent(queries, end, ROOM, padding, q.device, window)
+    found = side(q, keys, values, extent, scale=SCALE, alibi=Alibi(slopes) if biased else None)
     assert found.shape == q.shape
     for row, begin in enumerate(padding):
         real = max(0, begin - (end - queries))

@@ -25,10 +25,11 @@ SEES: dict[str, tuple[int, dict[str, Any]]] = {  # how many queries there are, a
 }
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, sees: str, window: int) -> Tensor:
-    """The formula, with its mask made pair by pair."""
+def oracle(q: Tensor, k: Tensor, v: Tensor, sees: str, window: int, slopes: list[float] | None = None) -> Tensor:
+    """The formula, with its mask (and linear biases) made pair by pair."""
     s, repeat = len(q), q.shape[2] // k.shape[2]
     seen = torch.zeros(2, 1, s, T, dtype=torch.bool)
+    bias = torch.zeros(q.shape[2], s, T, dtype=torch.float64)
     for row in range(2):
         for i, query in enumerate(range(T - s, T)):
             for key in range(T):
@@ -37,7 +38,9 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, sees: str, window: int) -> Tensor:
                 else:
                     allowed = key <= query and (sees != "documents" or bool(IDS[row, query] == IDS[row, key]))
                 seen[row, 0, i, key] = allowed and query - key < window
-    scores = torch.einsum("sbnd,tbnd->bnst", q, k.repeat_interleave(repeat, 2)) * 0.3
+                for head, slope in enumerate(slopes or []):
+                    bias[head, i, key] = slope * (key - query)
+    scores = torch.einsum("sbnd,tbnd->bnst", q, k.repeat_interleave(repeat, 2)) * 0.3 + bias
     shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("bnst,tbnd->sbnd", shares, v.repeat_interleave(repeat, 2))
 

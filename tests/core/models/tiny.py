@@ -1,4 +1,4 @@
-"""Tiny random models of every family, by transformers: the oracle that ours are compared with."""
+"""Tiny random models of every family, nearly all by transformers: the oracle that ours are compared with."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import transformers
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from tests.core.models.baichuan import BaichuanConfig, BaichuanForCausalLM
+
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+    "baichuan": (BaichuanConfig, BaichuanForCausalLM),
     "deepseek2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
 }
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5},  # shorter than what tests read
     "mixtral": {"num_local_experts": 4, "router_aux_loss_coef": 0.0},  # the oracle's loss is the cross entropy alone
+    "baichuan": {"max_position_embeddings": None, "model_max_length": 128, "rms_norm_eps": 1e-6},  # 13B's linear biases
     # V2-Lite's shape: one dense layer, then experts of which two are shared; heads of 8 + 4 whose values have 6
     "deepseek2": {
         "num_key_value_heads": 8,

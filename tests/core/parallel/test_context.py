@@ -177,11 +177,13 @@ def test_heads_that_cannot_be_dealt_are_told_with_the_ranks_that_can() -> None:
 
 
 @pytest.mark.parametrize("keys", [{"cp": 2}, {"cp": 4, "cp_algorithm": "hybrid", "ulysses": 2}])
-def test_a_ring_without_windows_is_told_with_what_has_them(keys: dict[str, Any]) -> None:
-    (fault,) = context.window_problems(ParallelConfig(**keys), 4096)
-    assert "(sliding_window=4096); use parallel.cp_algorithm=ulysses" in fault
-    assert context.window_problems(ParallelConfig(**keys), None) == []
-    assert context.window_problems(ParallelConfig(cp=2, cp_algorithm="ulysses"), 4096) == []
+def test_what_a_ring_does_not_attend_is_told_with_what_does(keys: dict[str, Any]) -> None:
+    ring = ParallelConfig(**keys)
+    faults = context.ring_problems(ring, window=4096, alibi=True)
+    assert "sliding window of this model (sliding_window=4096); use parallel.cp_algorithm=ulysses" in faults[0]
+    assert "linear biases of this model (ALiBi); use parallel.cp_algorithm=ulysses" in faults[1]
+    assert context.ring_problems(ring, window=None, alibi=False) == []
+    assert context.ring_problems(ParallelConfig(cp=2, cp_algorithm="ulysses"), window=4096, alibi=True) == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_core.device import Device
-from mindspeed_core.kernels import KernelConfig, Kernels, attention_block, select
+from mindspeed_core.kernels import KernelConfig, Kernels, alibi, attention_block, select
 from mindspeed_core.parallel.context import ContextSplit
 from mindspeed_core.parallel.mesh import Axis
 from mindspeed_core.parallel.ring_attention import Ring
@@ -39,6 +39,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     side: str = "auto"
     reach: int | None = None  # positions that a query sees
+    alibi: bool = False
 
     def __str__(self) -> str:
         values = zip(self._fields, self, Case(), strict=True)
@@ -57,6 +58,7 @@ def cases(world: int) -> list[Case]:
     ]
     found += [Case(ulysses=world, sees=sees, heads=even) for sees in ("causal", "general", "packed")]
     found += [Case(ulysses=world, sees=sees, heads=even, reach=7) for sees in ("causal", "general", "packed")]
+    found += [Case(ulysses=world, sees=sees, heads=even, alibi=True) for sees in ("causal", "general", "packed")]
     found += [Case(ulysses=world, rows=1, heads=heads) for heads in ((12, 12), (12, 4), (12, 1))]
     found += [Case(zigzag=False, sees=sees) for sees in ("causal", "general", "packed")]
     found += [Case(overlap=True), Case(window=world), Case(heads=(6, 1)), Case(widths=(12, 8), heads=(4, 4))]
@@ -103,6 +105,10 @@ def oracle(case: Case) -> list[Tensor]:
         seen = mask
     if case.reach is not None:
         seen = seen & (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH) < case.reach)
+    if case.alibi:
+        distance = torch.arange(LENGTH) - torch.arange(LENGTH)[:, None]
+        bias = alibi.slopes(case.heads[0]).double()[:, None, None] * distance
+        seen = bias.masked_fill(~seen, float("-inf"))
     out = F.scaled_dot_product_attention(
         *(x.permute(1, 2, 0, 3) for x in (q, k, v)),
         attn_mask=seen,
@@ -137,7 +143,9 @@ def attends(world: int) -> dict[str, float]:
         mine = split.positions(LENGTH)
         q, k, v, grad = (x[mine] for x in tensors)
         q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
-        plan = split.plan(LENGTH, mask=mask, segments=segments, window=case.reach)
+        slopes = alibi.slopes(case.heads[0]).double().chunk(across.size())[across.rank()]
+        biases = alibi.Alibi(slopes) if case.alibi else None
+        plan = split.plan(LENGTH, mask=mask, segments=segments, window=case.reach, alibi=biases)
         out = plan.attention(q, k, v, scale=0.3, kernels=kernels(case.side))
         got = [out, *torch.autograd.grad(out, (q, k, v), grad)]
         got = [x.detach() for x in got]

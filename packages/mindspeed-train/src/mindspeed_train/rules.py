@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mindspeed_core.models import build
 from mindspeed_core.models.family import Architecture
 from mindspeed_core.models.split import recipe_key
-from mindspeed_core.parallel.context import length_problems, window_problems
+from mindspeed_core.parallel.context import length_problems, ring_problems
 from mindspeed_core.parallel.pipeline import micro_batch_group
 
 if TYPE_CHECKING:
@@ -103,17 +103,18 @@ def _one_validation_set(case: Case) -> str | None:
 
 
 def _ranks_divide_the_model(case: Case) -> str | None:
-    others = _misplaced(case) + _outside_the_window(case)
+    others = _misplaced(case) + _left_by_the_ring(case)
     lines = build.check(_architecture(case), case.recipe.parallel)
     return "\n".join(line for line in lines if line not in others) or None
 
 
-def _windows_are_whole(case: Case) -> str | None:
-    return "\n".join(_outside_the_window(case)) or None
+def _a_ring_attends_plainly(case: Case) -> str | None:
+    return "\n".join(_left_by_the_ring(case)) or None
 
 
-def _outside_the_window(case: Case) -> list[str]:
-    return window_problems(case.recipe.parallel, _architecture(case).window)
+def _left_by_the_ring(case: Case) -> list[str]:
+    arch = _architecture(case)
+    return ring_problems(case.recipe.parallel, window=arch.window, alibi=arch.alibi)
 
 
 def _fused_operators_take_it(case: Case) -> str | None:
@@ -250,8 +251,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         keys=("parallel.cp", "parallel.cp_algorithm"),
-        says="Attention in a sliding window is cut by Ulysses alone, not by a ring.",
-        fault=_windows_are_whole,
+        says="Attention in a sliding window, or with linear biases, is cut by Ulysses alone, not by a ring.",
+        fault=_a_ring_attends_plainly,
         model=True,
     ),
     Rule(

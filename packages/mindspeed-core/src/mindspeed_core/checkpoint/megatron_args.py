@@ -28,9 +28,9 @@ def megatron_args(arch: Architecture, layout: Layout, dtype: torch.dtype) -> Nam
         num_query_groups=arch.num_query_groups,
         seq_length=arch.max_positions,
         max_position_embeddings=arch.max_positions,
-        position_embedding_type="rope",
+        position_embedding_type="alibi" if arch.alibi else "rope",
         add_position_embedding=True,  # Megatron's default; it is compared and means nothing with rope
-        use_rotary_position_embeddings=True,
+        use_rotary_position_embeddings=not arch.alibi,
         rotary_base=arch.rope_theta,
         rotary_percent=1.0,
         rotary_interleaved=False,

@@ -3,7 +3,7 @@
 Layouts: q [s, b, n, d]; k, v [t, b, g, d] with g dividing n; result [s, b, n, d]. `mask` is boolean [b or 1, 1, s, t],
 True where a query may see a key, at least one key per query; without it attention is causal, the queries being the last
 s of the t positions. With `segments` several documents share a row and each is causal for itself; then s = t. A `window`
-hides the keys that lie as many positions as that, or more, before a query.
+hides the keys that lie as many positions as that, or more, before a query. `alibi` adds linear biases.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_core.kernels import matmul
+from mindspeed_core.kernels.alibi import Alibi
 from mindspeed_core.kernels.segments import Segments
 
 
@@ -28,6 +29,7 @@ def reference(
     mask: Tensor | None = None,
     segments: Segments | None = None,
     window: int | None = None,
+    alibi: Alibi | None = None,
 ) -> Tensor:
     """Attention by torch's own fused paths (flash on CPU and CUDA)."""
     s, t = q.shape[0], k.shape[0]
@@ -37,8 +39,11 @@ def reference(
     if narrows(window, t):
         near = within(window, s, t, q.device)
         mask = near.tril(t - s) if mask is None else mask & near
-    elif mask is None and 1 < s < t:
+    elif mask is None and 1 < s < t and alibi is None:
         mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)[None, None]
+    if alibi is not None:
+        added = alibi(s, t, q.dtype, causal=mask is None)
+        mask = added if mask is None else added.masked_fill(~mask, float("-inf"))
     out = F.scaled_dot_product_attention(
         *(x.permute(1, 2, 0, 3) for x in (q, k, v)),
         attn_mask=mask,
@@ -60,6 +65,7 @@ def within(window: int, s: int, t: int, device: torch.device) -> Tensor:
 
 
 WIDEST = 768  # an NPU attends with heads of at most this width
+LAST = 1024  # rows of biases that it asks for where they tell those before them: causal, as many queries as keys
 BLOCKS = 4  # of query rows: more skip more of the empty triangle, fewer make larger products
 LONGEST = 512  # the probabilities kept for the backward pass grow with the square of the length
 
@@ -73,27 +79,28 @@ def cpu(
     mask: Tensor | None = None,
     segments: Segments | None = None,
     window: int | None = None,
+    alibi: Alibi | None = None,
 ) -> Tensor:
     """Attention on a CPU: in blocks of rows while a sequence is short, torch's flash attention beyond.
 
     torch's CPU kernel recomputes the probabilities in the backward pass, which pays only for long sequences.
     """
     if segments is not None:
-        return _each(q, k, v, scale, segments, window)
+        return _each(q, k, v, segments, scale=scale, window=window, alibi=alibi)
     s, t = q.shape[0], k.shape[0]
     if mask is None and not narrows(window, t) and s == t and BLOCKS <= s <= LONGEST:
         if matmul.widens() and q.dtype != torch.float32 and q.dtype != torch.float64:
-            return _Blocked.apply(q.float(), k.float(), v.float(), scale).to(q.dtype)
-        return _Blocked.apply(q, k, v, scale)
-    return reference(q, k, v, scale=scale, mask=mask, window=window)
+            return _Blocked.apply(q.float(), k.float(), v.float(), scale, alibi).to(q.dtype)
+        return _Blocked.apply(q, k, v, scale, alibi)
+    return reference(q, k, v, scale=scale, mask=mask, window=window, alibi=alibi)
 
 
-def _each(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int | None) -> Tensor:
+def _each(q: Tensor, k: Tensor, v: Tensor, segments: Segments, **how: Any) -> Tensor:
     """Attention document by document: the work falls with the square of their lengths."""
     rows = []
     for row, lengths in zip(zip(*(x.split(1, 1) for x in (q, k, v)), strict=True), segments.lengths, strict=True):
         documents = zip(*(x.split(lengths) for x in row), strict=True)
-        rows.append(torch.cat([cpu(*document, scale=scale, window=window) for document in documents]))
+        rows.append(torch.cat([cpu(*document, **how) for document in documents]))
     return torch.cat(rows, 1)
 
 
@@ -105,7 +112,7 @@ class _Blocked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, alibi: Alibi | None) -> Tensor:
         s, b, n, d = q.shape
         g, width = k.shape[2], v.shape[3]  # values may be narrower than keys
         queries = q.permute(1, 2, 0, 3).reshape(b * g, n // g, s, d)
@@ -115,8 +122,10 @@ class _Blocked(torch.autograd.Function):
         for start, stop in _spans(s):
             rows = queries[:, :, start:stop].reshape(b * g, -1, d)
             scores = torch.bmm(rows, keys[:, :stop].transpose(1, 2)).mul_(scale)
-            corner = scores.view(b * g, n // g, stop - start, stop)[..., start:]
-            corner.masked_fill_(_upper(stop - start, q.device), float("-inf"))
+            every = scores.view(b * g, n // g, stop - start, stop)
+            if alibi is not None:  # as the last query has it: what all keys of a query have in common changes nothing
+                every.view(b, g, n // g, -1, stop).add_(alibi(1, stop, scores.dtype).view(g, n // g, 1, stop))
+            every[..., start:].masked_fill_(_upper(stop - start, q.device), float("-inf"))
             probabilities = scores.softmax(-1)
             out[:, :, start:stop] = torch.bmm(probabilities, values[:, :stop]).view(b * g, n // g, -1, width)
             kept.append(probabilities)
@@ -140,7 +149,7 @@ class _Blocked(torch.autograd.Function):
             grad_queries[:, :, start:stop] = torch.bmm(inner, keys[:, :stop]).unflatten(1, (n // g, -1))
             grad_keys[:, :stop] += torch.bmm(inner.transpose(1, 2), rows)
         back = (x.view(b, -1, s, x.shape[-1]).permute(2, 0, 1, 3) for x in (grad_queries, grad_keys, grad_values))
-        return (*back, None)
+        return (*back, None, None)
 
 
 def _spans(s: int) -> list[tuple[int, int]]:
@@ -162,10 +171,13 @@ def npu(
     mask: Tensor | None = None,
     segments: Segments | None = None,
     window: int | None = None,
+    alibi: Alibi | None = None,
 ) -> Tensor:
     """Attention by `npu_fusion_attention` in layout SBH; its masks are True where a key is hidden."""
     check(q, k, v)
-    if segments is not None:
+    if segments is not None and alibi is not None:
+        mask = segments.mask(q.device, causal=True)  # what TND makes of biases where lengths differ is not documented
+    elif segments is not None:
         return _npu_documents(q, k, v, scale, segments, window)
     s, t = q.shape[0], k.shape[0]
     how: dict[str, Any]
@@ -178,6 +190,9 @@ def npu(
             k, v = k[-window:], v[-window:]
     else:
         how = _causal(window, t, q.device)
+    if alibi is not None:
+        rows = min(s, LAST) if s == t and how.get("sparse_mode") == 3 else s
+        how["pse"] = alibi(rows, len(k), q.dtype, scale=scale)  # is added before the scores are scaled
     out = torch.ops.npu.npu_fusion_attention(
         *(x.flatten(2) for x in (q, k, v)),
         q.shape[2],

@@ -7,7 +7,7 @@ nothing, so that rows of different lengths end together:
     row 0    a b c d e .  .      end 5, room 7, padding 0
     row 1    - - x y z .  .                     padding 2
 
-With a `window` a query sees of these the last `window` positions, its own among them.
+With a `window` a query sees of these the last `window` positions, its own among them. `alibi` adds linear biases.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindspeed_core.kernels import attention
+from mindspeed_core.kernels.alibi import Alibi
 
 DTYPES = (torch.float16, torch.bfloat16)  # what the operators for inference compute in
 WIDEST, STEP = 512, 16  # their heads: at most so wide, and a multiple of that
@@ -80,38 +81,45 @@ class Extent:
         return torch.tensor([self.room - self.end], device=self.device)
 
 
-def reference(q: Tensor, keys: Tensor, values: Tensor, extent: Extent, *, scale: float) -> Tensor:
+def reference(
+    q: Tensor, keys: Tensor, values: Tensor, extent: Extent, *, scale: float, alibi: Alibi | None = None
+) -> Tensor:
     """Attention by torch's own fused paths."""
     s, b, n, d = q.shape
     if s > 1:
-        return attention.reference(q, *_written(keys, values, extent), scale=scale, mask=extent.mask)
+        return attention.reference(q, *_written(keys, values, extent), scale=scale, mask=extent.mask, alibi=alibi)
+    mask = extent.mask
+    if alibi is not None:
+        added = alibi(1, extent.end - extent.first, q.dtype).unflatten(1, (keys.shape[1], -1))[:, :, :, 0]
+        mask = added if mask is None else added.masked_fill(~mask, float("-inf"))
     # a group's heads look at the same keys: as queries of one head they read them once
     out = F.scaled_dot_product_attention(
         q.reshape(b, keys.shape[1], -1, d),
         keys[:, :, extent.first : extent.end],
         values[:, :, extent.first : extent.end],
-        attn_mask=extent.mask,
+        attn_mask=mask,
         scale=scale,
     )
     return out.reshape(1, b, n, -1)
 
 
-def cpu(q: Tensor, keys: Tensor, values: Tensor, extent: Extent, *, scale: float) -> Tensor:
+def cpu(q: Tensor, keys: Tensor, values: Tensor, extent: Extent, *, scale: float, alibi: Alibi | None = None) -> Tensor:
     """As `reference`; prompts go the way of training."""
     if len(q) == 1:
-        return reference(q, keys, values, extent, scale=scale)
-    return attention.cpu(q, *_written(keys, values, extent), scale=scale, mask=extent.mask)
+        return reference(q, keys, values, extent, scale=scale, alibi=alibi)
+    return attention.cpu(q, *_written(keys, values, extent), scale=scale, mask=extent.mask, alibi=alibi)
 
 
-def npu(q: Tensor, keys: Tensor, values: Tensor, extent: Extent, *, scale: float) -> Tensor:
+def npu(q: Tensor, keys: Tensor, values: Tensor, extent: Extent, *, scale: float, alibi: Alibi | None = None) -> Tensor:
     """By `npu_fused_infer_attention_score`, or where that does not take the tensors by `npu_fusion_attention`.
 
     The one operator holds both of the older: a single query is attended incrementally, more as a prompt. It reads the cache
     where it lies, with the rows' lengths beside it.
     """
     assert not q.requires_grad, "attention over a cache has no gradient"
-    if not takes(q, keys, values):
-        return attention.npu(q, *_written(keys, values, extent), scale=scale, mask=extent.mask)
+    # whether this operator scales a bias with the scores or adds it behind is not documented
+    if alibi is not None or not takes(q, keys, values):
+        return attention.npu(q, *_written(keys, values, extent), scale=scale, mask=extent.mask, alibi=alibi)
     s, b, n, _ = q.shape
     how: dict[str, Any] = {"input_layout": "BNSD_BSND", "actual_seq_lengths_kv": [extent.end] * b}
     if s == 1:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mindspeed_core.kernels import Kernels
+from mindspeed_core.kernels.alibi import Alibi
 from mindspeed_core.kernels.cached_attention import Extent
 from mindspeed_core.kernels.segments import Segments
 from mindspeed_core.models.family import Architecture
@@ -80,21 +81,23 @@ class AttentionPlan:
     It travels in the argument that Megatron's layers call `packed_seq_params` and hand on unread.
     """
 
-    cos: Tensor  # [s, b or 1, 1, d]
-    sin: Tensor
+    cos: Tensor | None  # [s, b or 1, 1, d]; None: positions are told by `alibi`
+    sin: Tensor | None
     mask: Tensor | None = None  # bool [b or 1, 1, s, t], True where a query sees a key; None: causal
     cache: Cache | None = None
     extent: Extent | None = None  # of the cache; it holds mask and window then
     segments: Segments | None = None  # the documents of each row; each is causal for itself
     window: int | None = None  # how many positions a query sees, its own among them; None: all
-    context: ContextPlan | None = None  # how sequences cut over ranks are attended; it holds the three then
+    alibi: Alibi | None = None  # the linear biases of the heads that are attended on this rank
+    context: ContextPlan | None = None  # how sequences cut over ranks are attended; it holds these four then
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, kernels: Kernels) -> Tensor:
         """Return attention [s, b, n, e] of q [s, b, n, d] to k [t, b, g, d] and v [t, b, g, e], by the rules of this pass."""
         if self.context is not None:
             return self.context.attention(q, k, v, scale=scale, kernels=kernels)
         mask = self.mask if self.extent is None else self.extent.mask
-        return kernels.attention(q, k, v, scale=scale, mask=mask, segments=self.segments, window=self.window)
+        how = {"mask": mask, "segments": self.segments, "window": self.window, "alibi": self.alibi}
+        return kernels.attention(q, k, v, scale=scale, **how)
 
     def cached_attention(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, kernels: Kernels
@@ -102,7 +105,7 @@ class AttentionPlan:
         """Return the same to k and v [s, b, g, d] and all that a layer's cache holds before them; it holds them as well then."""
         assert self.cache is not None
         keys, values = self.cache.extend(layer, k, v)
-        return kernels.cached_attention(q, keys, values, self.extent, scale=scale)
+        return kernels.cached_attention(q, keys, values, self.extent, scale=scale, alibi=self.alibi)
 
 
 class SelfAttention(MegatronModule):
@@ -142,8 +145,9 @@ class SelfAttention(MegatronModule):
         q, k, v = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
         if arch.qk_norm:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
-        q = self.kernels.rotary(q, plan.cos, plan.sin)
-        k = self.kernels.rotary(k, plan.cos, plan.sin)
+        if not arch.alibi:
+            q = self.kernels.rotary(q, plan.cos, plan.sin)
+            k = self.kernels.rotary(k, plan.cos, plan.sin)
         how: dict[str, Any] = {"scale": arch.head_dim**-0.5, "kernels": self.kernels}
         if plan.cache is None:
             out = self.attend(plan, q, k, v, **how)

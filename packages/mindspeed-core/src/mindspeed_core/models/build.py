@@ -14,7 +14,7 @@ from mindspeed_core.memory.config import MemoryConfig
 from mindspeed_core.models.expert_config import ExpertsConfig
 from mindspeed_core.models.family import Architecture, pad_vocab
 from mindspeed_core.models.split import recipe_key, split_problems
-from mindspeed_core.parallel.context import ContextSplit, head_problems, window_problems
+from mindspeed_core.parallel.context import ContextSplit, head_problems, ring_problems
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 from mindspeed_core.parallel.pipeline import Placement
 from mindspeed_core.precision import DTYPES, Precision
@@ -35,7 +35,8 @@ def check(arch: Architecture, parallel: ParallelConfig) -> list[str]:
             f"parallel.collective_matmul={parallel.collective_matmul}: overlaps the collectives of tp and needs tp of at "
             "least 2; leave it out"
         )
-    return problems + head_problems(parallel, arch.num_heads) + window_problems(parallel, arch.window)
+    problems += head_problems(parallel, arch.num_heads)
+    return problems + ring_problems(parallel, window=arch.window, alibi=arch.alibi)
 
 
 def fused_problems(arch: Architecture, parallel: ParallelConfig, precision: Precision) -> list[str]:

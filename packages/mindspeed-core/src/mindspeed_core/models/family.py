@@ -86,6 +86,8 @@ class Architecture:
     tied: bool = False  # the output layer is the word embedding
     qkv_bias: bool = False
     window: int | None = None  # how many positions a query sees, its own among them, in every layer; None: all
+    alibi: bool = False  # linear biases tell positions, not the rotary embedding
+    normed_head: bool = False  # the rows of the output layer are used at length one
     qk_norm: bool = False  # RMSNorm over head_dim of q and k before the rotary embedding
     init_std: float = 0.02
     experts: Experts | None = None  # None: every layer is dense
@@ -145,6 +147,7 @@ class Architecture:
             "d": self.head_dim,
             "nd": self.num_heads * self.head_dim,
             "gd": self.num_query_groups * self.head_dim,
+            "nggd": (self.num_heads + 2 * self.num_query_groups) * self.head_dim,
         }
         if self.experts is not None:
             sizes |= {
@@ -274,7 +277,7 @@ class Weight:
     """One row of a family: a Megatron name, its kind, and the Hugging Face names it is packed from.
 
     `{i}` stands for the layer, `{e}` for the expert, `{a,b}` for several tensors in that order. Shapes are words: `v`
-    vocabulary, `h` hidden, `f` feed-forward, `d` head, `nd` all query heads, `gd` all key/value heads, `e` experts, `ef`
+    vocabulary, `h` hidden, `f` feed-forward, `d` head, `nd` all query heads, `gd` all key/value heads, `nggd` queries, keys and values, `e` experts, `ef`
     feed-forward of one expert, `sf` feed-forward of the shared experts; `l` latent, `lr` latent and rotary part, `nkv` keys
     and values of all heads, `nv` values of all heads, `ql` latent of the queries.
     """

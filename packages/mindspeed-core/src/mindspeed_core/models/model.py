@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.mappings import (
@@ -16,7 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mindspeed_core.kernels import Kernels, cross_entropy, matmul
+from mindspeed_core.kernels import Kernels, alibi, cross_entropy, matmul
 from mindspeed_core.kernels.segments import Segments
 from mindspeed_core.memory.recompute import Block
 from mindspeed_core.models import balance, rope
@@ -60,6 +61,13 @@ class LanguageModel(LanguageModule):
         inverse, self.rope_factor = rope.frequencies(arch)
         self.rope_inverse: Tensor
         self.register_buffer("rope_inverse", inverse, persistent=False)
+        self.alibi = None
+        if arch.alibi:
+            dealt = [pg_collection.tp] if context is None else [pg_collection.tp, context.ulysses.group]
+            slopes = alibi.slopes(arch.num_heads)
+            for group in dealt:  # the heads that are attended on this rank
+                slopes = slopes.chunk(group.size())[group.rank()]
+            self.alibi = alibi.Alibi(slopes)
         if first:
             self.embedding = Embedding(config, padded_vocab, kernels=kernels, tp_group=pg_collection.tp)
         self.decoder = Block(
@@ -170,18 +178,20 @@ class LanguageModel(LanguageModule):
         across, window = None, self.arch.window
         if self.context is not None:
             assert cache is None, "a cache holds whole sequences"
-            across = self.context.plan(tokens.shape[1], mask=mask, segments=segments, window=window)
+            how = {"mask": mask, "segments": segments, "window": window, "alibi": self.alibi}
+            across = self.context.plan(tokens.shape[1], **how)
             tokens, positions = self.context.share(tokens), self.context.share(positions)
-        cos, sin = self.angles(positions)
+        cos, sin = (None, None) if self.arch.alibi else self.angles(positions)
         if across is not None:
             plan = AttentionPlan(cos, sin, context=across)
         elif cache is not None:
             assert mask is None, "a cache is attended causally"
             assert segments is None, "a cache holds one document per row"
-            plan = AttentionPlan(cos, sin, cache=cache, extent=cache.extent(tokens.shape[1], padding, window))
+            extent = cache.extent(tokens.shape[1], padding, window)
+            plan = AttentionPlan(cos, sin, cache=cache, extent=extent, alibi=self.alibi)
         else:
             documents = None if segments is None else Segments.of(segments)
-            plan = AttentionPlan(cos, sin, mask, segments=documents, window=window)
+            plan = AttentionPlan(cos, sin, mask, segments=documents, window=window, alibi=self.alibi)
         hidden = self.embedding(tokens) if self.pre_process else None
         routed = None if weights is None or self.arch.experts is None else self._own(weights)
         # what Megatron calls `padding_mask` goes unread to where the experts are chosen
@@ -207,7 +217,8 @@ class LanguageModel(LanguageModule):
         return logits
 
     def _head(self) -> Tensor:
-        return self.shared_embedding_or_output_weight() if self.arch.tied else self.output_layer.weight
+        weight = self.shared_embedding_or_output_weight() if self.arch.tied else self.output_layer.weight
+        return F.normalize(weight) if self.arch.normed_head else weight
 
     def full_logits(self, logits: Tensor) -> Tensor:
         """Return the logits [b, s, vocab_size] of all tensor-parallel ranks, without the padding."""

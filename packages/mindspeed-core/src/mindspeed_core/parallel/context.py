@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_core.kernels import Kernels
+from mindspeed_core.kernels.alibi import Alibi
 from mindspeed_core.kernels.segments import Segments
 from mindspeed_core.parallel.mesh import Axis, Mesh, ParallelConfig
 from mindspeed_core.parallel.ring_attention import Ring, Work, ring_attention
@@ -69,16 +70,22 @@ class ContextSplit:
         return tensor.index_select(1, self.positions(tensor.shape[1]).to(tensor.device))
 
     def plan(
-        self, length: int, *, mask: Tensor | None = None, segments: Tensor | None = None, window: int | None = None
+        self,
+        length: int,
+        *,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        window: int | None = None,
+        alibi: Alibi | None = None,
     ) -> ContextPlan:
         """Return how to attend in sequences of that length: causal, by a mask [b or 1, 1, s, s], or by document [b, s].
 
-        A ring has no window; `window_problems` says so before a model is built.
+        A ring has neither windows nor linear biases; `ring_problems` says so before a model is built.
         """
         if self.ring.size == 1:
             documents = None if segments is None else Segments.of(segments)
-            return ContextPlan(self, mask=mask, segments=documents, window=window)
-        assert window is None, "a window in a ring"
+            return ContextPlan(self, mask=mask, segments=documents, window=window, alibi=alibi)
+        assert window is alibi is None, "a window or biases in a ring"
         places = [self.place(length, rank) for rank in range(self.ring.size)]
         ids = (
             None if segments is None else segments.cpu()
@@ -118,6 +125,7 @@ class ContextPlan:
     mask: Tensor | None = None
     segments: Segments | None = None
     window: int | None = None
+    alibi: Alibi | None = None  # of the heads that come to this rank
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, kernels: Kernels) -> Tensor:
         """Return attention [s/cp, b, n, e] of this rank's queries to the keys of all: q, k, v are its positions."""
@@ -125,8 +133,8 @@ class ContextPlan:
         if ulysses.size > 1:
             q, k, v = scatter_heads(q, k, v, ulysses.group)
         if self.works is None:
-            how = {"scale": scale, "mask": self.mask, "segments": self.segments, "window": self.window}
-            out = kernels.attention(q, k, v, **how)
+            how = {"mask": self.mask, "segments": self.segments, "window": self.window, "alibi": self.alibi}
+            out = kernels.attention(q, k, v, scale=scale, **how)
         else:
             out = ring_attention(
                 q, k, v, scale=scale, ring=self.split.ring, works=self.works, block=kernels.attention_block
@@ -176,11 +184,16 @@ def head_problems(config: ParallelConfig, num_heads: int) -> list[str]:
     ]
 
 
-def window_problems(config: ParallelConfig, window: int | None) -> list[str]:
-    """Return what keeps a model whose queries see a window of positions from being split so."""
-    if window is None or config.ring_size == 1:
+def ring_problems(config: ParallelConfig, *, window: int | None, alibi: bool) -> list[str]:
+    """Return what keeps a model's attention from going round a ring."""
+    if config.ring_size == 1:
         return []
+    found = []
+    if window is not None:
+        found.append(f"attend in the sliding window of this model (sliding_window={window})")
+    if alibi:
+        found.append("add the linear biases of this model (ALiBi)")
     return [
-        f"parallel.cp_algorithm={config.cp_algorithm}: its ring does not attend in the sliding window of this model "
-        f"(sliding_window={window}); use parallel.cp_algorithm=ulysses"
+        f"parallel.cp_algorithm={config.cp_algorithm}: its ring does not {what}; use parallel.cp_algorithm=ulysses"
+        for what in found
     ]

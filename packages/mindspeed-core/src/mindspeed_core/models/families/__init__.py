@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindspeed_core.errors import InputError
+from mindspeed_core.models.families.baichuan import BAICHUAN
 from mindspeed_core.models.families.deepseek2 import DEEPSEEK2
 from mindspeed_core.models.families.llama import LLAMA
 from mindspeed_core.models.families.mistral import MISTRAL
@@ -14,7 +15,9 @@ from mindspeed_core.models.families.mixtral import MIXTRAL
 from mindspeed_core.models.families.qwen import QWEN2, QWEN3
 from mindspeed_core.models.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, DEEPSEEK2)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, DEEPSEEK2, BAICHUAN)
+}
 
 
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
