@@ -36,6 +36,7 @@ FLOORS = [
         "launch",
         "launcher",
         "sentencepiece_model",
+        "tokenizer_file",
         "optim.adamw",
         "optim.bf16",
         "optim.reuse_fp32",

@@ -157,6 +157,81 @@ def test_a_folder_with_only_tokenizer_json_finds_the_end_of_text(tmp_path: Path)
     assert tokenizer.padding == tokenizer.eos
 
 
+PLAIN = {"eos_token": "<|endoftext|>"}
+NEW = {"content": "<new>", "lstrip": False, "rstrip": True, "single_word": False, "normalized": False, "special": True}
+KNOWN = {**NEW, "content": "<|im_end|>", "rstrip": False}
+
+
+@pytest.mark.parametrize(
+    ("files", "alone"),
+    [
+        ({}, True),
+        ({"tokenizer_config.json": {}}, True),
+        ({"tokenizer_config.json": {**PLAIN, "pad_token": {**KNOWN, "__type": "AddedToken"}}}, True),
+        ({"tokenizer_config.json": {**PLAIN, "add_bos_token": True, "unk_token": None}}, True),
+        ({"tokenizer_config.json": {**PLAIN, "added_tokens_decoder": {"2": KNOWN}}}, True),
+        ({"tokenizer_config.json": PLAIN, "special_tokens_map.json": {"eos_token": "<|im_end|>"}}, True),
+        ({"tokenizer_config.json": PLAIN, "special_tokens_map.json": {"pad_token": "<new>"}}, False),
+        (
+            {
+                "tokenizer_config.json": {**PLAIN, "added_tokens_decoder": {"2": KNOWN}},
+                "special_tokens_map.json": {"eos_token": "<new>"},
+            },
+            True,
+        ),
+        ({"tokenizer_config.json": {"eos_token": "the"}}, False),
+        ({"tokenizer_config.json": {"eos_token": "<new>"}}, False),
+        ({"tokenizer_config.json": {**PLAIN, "image_token": "<new>"}}, False),
+        ({"tokenizer_config.json": {**PLAIN, "additional_special_tokens": ["<|im_end|>"]}}, True),
+        ({"tokenizer_config.json": {**PLAIN, "additional_special_tokens": ["<|im_end|>", "<new>"]}}, False),
+        ({"tokenizer_config.json": {**PLAIN, "extra_special_tokens": {"image_token": "<new>"}}}, False),
+        ({"tokenizer_config.json": {**PLAIN, "added_tokens_decoder": {"400": NEW}}}, False),
+        ({"tokenizer_config.json": {**PLAIN, "added_tokens_decoder": {"2": {**KNOWN, "rstrip": True}}}}, False),
+        ({"tokenizer_config.json": {**PLAIN, "split_special_tokens": True}}, False),
+        ({"tokenizer_config.json": PLAIN, "added_tokens.json": {"<new>": 400}}, False),
+    ],
+)
+def test_a_tokenizer_json_is_what_transformers_makes_of_it(
+    tmp_path: Path, files: dict[str, dict[str, object]], alone: bool
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tiny_tokenizer(tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    ours, theirs = Tokenizer.load(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    assert ("hf" not in vars(ours), ours.file is not None) == (alone, alone)
+    assert ours.backend.get_vocab() == theirs.get_vocab()
+    assert ours.eos_token == (theirs.eos_token or "<|endoftext|>")
+    assert (ours.bos_token, ours.pad_token) == (theirs.bos_token, theirs.pad_token)
+    assert ours.special_ids == set(theirs.all_special_ids) | {
+        i for i, token in theirs.added_tokens_decoder.items() if token.special
+    }
+    for text in ("the quick <|im_end|> fox", "<new> the dog <new>  x", "<|im_start|>the", " a"):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+def test_a_tokenizer_json_is_read_without_transformers(tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tmp_path)
+    code = (
+        "import sys; from mindspeed_core.tokenizer import Tokenizer; "
+        "Tokenizer.load(sys.argv[1]).fingerprint; assert not {'transformers', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+
+
+def test_the_fingerprint_is_that_of_data_written_before(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    backend = Backend(models.WordLevel({"é": 1, "'": 7, "a\n": 0, "<s>": 3}, unk_token="<s>"))
+    backend.add_special_tokens(["<new>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.vocab_size, loaded.fingerprint) == (8, "8fa61a53d9530473817632955facb1ab")
+
+
 def test_bos_is_added_only_when_asked_for(tmp_path: Path) -> None:
     folder = tiny_tokenizer(tmp_path)
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}))

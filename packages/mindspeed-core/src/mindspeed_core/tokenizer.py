@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mindspeed_core import sentencepiece_model
+from mindspeed_core import sentencepiece_model, tokenizer_file
 from mindspeed_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>")
 FORMS = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,31 @@ class Tokenizer:
     bos: int | None
     eos: int | None
     pad: int | None
+    file: Path | None = field(default=None, compare=False)  # a tokenizer.json that says all of it
     encoder: Callable[[str], Sequence[int]] | None = field(default=None, compare=False)  # a faster one, same ids
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
         """Return the tokenizer of a model folder."""
         folder = Path(folder)
-        hf = _load_hf(folder)
-        backend = hf.backend_tokenizer
-        backend.no_truncation()  # some tokenizer.json files cut at 512 ids and say nothing
-        backend.no_padding()
-        bos, eos = hf.bos_token_id, hf.eos_token_id
+        written = _read(folder, tokenizer_file.load)
+        if written is not None:
+            backend, (bos, eos, pad) = written
+        else:
+            hf = _read(folder, _load_hf)
+            backend, bos, eos, pad = hf.backend_tokenizer, hf.bos_token_id, hf.eos_token_id, hf.pad_token_id
+            backend.no_truncation()  # some tokenizer.json files cut at 512 ids and say nothing
+            backend.no_padding()
         loaded = cls(
             folder=folder,
             backend=backend,
             bos=_known(backend, BEGIN_TOKENS) if bos is None and eos is None else bos,
             eos=_known(backend, END_TOKENS) if eos is None else eos,
-            pad=hf.pad_token_id,
+            pad=pad,
+            file=None if written is None else folder / "tokenizer.json",
         )
-        loaded.__dict__["hf"] = hf
+        if written is None:
+            loaded.__dict__["hf"] = hf
         return loaded
 
     def with_encoder(self, encoder: Callable[[str], Sequence[int]] | None) -> Tokenizer:
@@ -110,9 +117,9 @@ class Tokenizer:
     @cached_property
     def _vocabulary(self) -> tuple[int, str]:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-        text = "\n".join(f"{vocabulary[token]} {token!r}" for token in tokens)
-        return vocabulary[tokens[-1]] + 1, hashlib.sha256(text.encode()).hexdigest()[:32]
+        tokens, ids = sorted(vocabulary, key=vocabulary.__getitem__), sorted(vocabulary.values())
+        text = "\n".join([f"{id} {token!r}" for id, token in zip(ids, tokens, strict=True)])
+        return ids[-1] + 1, hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -122,7 +129,12 @@ class Tokenizer:
     @cached_property
     def hf(self) -> Any:
         """The transformers tokenizer, for what only it does (chat templates)."""
-        return _load_hf(self.folder)
+        return _read(self.folder, _load_hf)
+
+    @property
+    def json(self) -> str | bytes:
+        """The contents of a tokenizer.json, for other libraries."""
+        return self.backend.to_str() if self.file is None else self.file.read_bytes()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -131,34 +143,39 @@ class Tokenizer:
         self.__dict__.update(state)
 
 
-def _load_hf(folder: Path) -> Any:
-    """The transformers object of a folder. `tokenizer.json` is taken as it is written: AutoTokenizer would rebuild it
-    for some classes (Llama: other spaces after special tokens) and costs the import of torch."""
+def _read(folder: Path, reader: Callable[[Path], Result]) -> Result:
+    """What a reader makes of a folder; InputError where that is no tokenizer."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise InputError(f"{folder}: {what}; a tokenizer is a folder with {FORMS}")
-    json, model = folder / "tokenizer.json", folder / "tokenizer.model"
     try:
-        from transformers import PreTrainedTokenizerFast
-
-        if json.exists():
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        if model.exists():
-            backend, named = sentencepiece_model.load(model)
-            return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            return _byte_level(folder)
-        if (folder / "tokenizer_config.json").exists():
-            from transformers import AutoTokenizer
-
-            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            if getattr(loaded, "backend_tokenizer", None) is not None:
-                return loaded
+        return reader(folder)
     except InputError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{folder}: its tokenizer cannot be read: {reason[:300]}") from error
+
+
+def _load_hf(folder: Path) -> Any:
+    """The transformers object of a folder. `tokenizer.json` is taken as it is written: AutoTokenizer would rebuild it
+    for some classes (Llama: other spaces after special tokens) and costs the import of torch."""
+    from transformers import PreTrainedTokenizerFast
+
+    model = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if model.exists():
+        backend, named = sentencepiece_model.load(model)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return _byte_level(folder)
+    if (folder / "tokenizer_config.json").exists():
+        from transformers import AutoTokenizer
+
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if getattr(loaded, "backend_tokenizer", None) is not None:
+            return loaded
     raise InputError(f"{folder}: holds no tokenizer; it needs {FORMS}")
 
 

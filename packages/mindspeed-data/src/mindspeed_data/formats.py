@@ -37,7 +37,7 @@ class Format:
 
 def _text(record: Record, keys: Keys) -> str:
     text = string(record, keys["text"])
-    if not text.strip():
+    if not text or text.isspace():
         raise ValueError("empty text")
     return text
 

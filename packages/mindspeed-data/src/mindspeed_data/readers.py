@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import orjson
 
 from mindspeed_core.errors import InputError
@@ -89,7 +90,7 @@ class Rows:
                 yield Fault(i, int(source.kind != "text"), piece.fault)
                 continue
             data = _bytes(source, piece)
-            self.lines.append(piece.stop - piece.start if source.kind in TABLES else data.count(b"\n"))
+            self.lines.append(piece.stop - piece.start if source.kind in TABLES else _newlines(data))
             for line, record in DECODERS[source.kind](data, piece):
                 yield Row(i, line, record) if isinstance(record, dict) else Fault(i, line, record)
 
@@ -117,6 +118,11 @@ def chunks(
         consumed += read
     if pieces:
         yield Chunk(tuple(pieces), consumed)
+
+
+def _newlines(data: bytes) -> int:
+    """`data.count(b"\\n")`, several times faster."""
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
 
 
 def _bytes(source: Source, piece: Piece) -> bytes:

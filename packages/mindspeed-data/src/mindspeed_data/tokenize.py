@@ -11,8 +11,6 @@ from unicodedata import is_normalized
 import numpy as np
 from numpy.typing import NDArray
 
-from mindspeed_core.conversation import Learn
-from mindspeed_core.templates import Template, TokenizerTemplate
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.formats import Format
 from mindspeed_data.readers import Chunk, Fault, Rows, Source
@@ -20,7 +18,8 @@ from mindspeed_data.shorten import Longer, shorten
 from mindspeed_data.sidecar import INSTRUCTION, PACKED, TEXT
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Backend
+    from mindspeed_core.conversation import Learn
+    from mindspeed_core.templates import Template, TokenizerTemplate
 
 CHECKED = 20_000  # characters of a text that both encoders are compared on before the run
 CHECKED_AGAIN = 500  # and in every chunk, where the slower one would take a quarter of the time otherwise
@@ -79,26 +78,29 @@ class Job:
         self, rows: Rows, faults: list[Fault], encode: Callable[[Any], Ids]
     ) -> Iterator[tuple[tuple[int, int], Any, Ids]]:
         """The samples of rows with their piece and line and their ids; what is no sample is added to the faults."""
+        read, keys = self.format.read, self.keys
+        required = [keys[name] for name in self.format.required]
         for row in rows:
             if isinstance(row, Fault):
                 faults.append(row)
                 continue
+            piece, line, record = row
             try:
-                missing = self.format.missing(row.record, self.keys)
-                if missing:
-                    raise ValueError(f"no key {missing[0]}")
-                sample = self.format.read(row.record, self.keys)
+                for key in required:
+                    if key not in record:
+                        raise ValueError(f"no key {key}")
+                sample = read(record, keys)
             except ValueError as error:
-                faults.append(Fault(row.piece, row.line, str(error)))
+                faults.append(Fault(piece, line, str(error)))
                 continue
             try:
                 ids = encode(sample)
             except (TypeError, UnicodeError):  # "\ud800" written in JSON
-                faults.append(Fault(row.piece, row.line, "half of a surrogate pair, not text"))
+                faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
             except ValueError as error:
-                faults.append(Fault(row.piece, row.line, str(error)))
+                faults.append(Fault(piece, line, str(error)))
             else:
-                yield (row.piece, row.line), sample, ids
+                yield (piece, line), sample, ids
 
     def _proven(self, tokenizer: Tokenizer, text: str) -> None:
         """Compare both encoders on the beginning of one more text of the run."""
@@ -194,17 +196,17 @@ def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder:
 
     What a normalizer would change goes to `tokenizers` itself: gigatoken does not order all combining marks as it does.
     """
-    fast, plain = _gigatoken(tokenizer.backend), tokenizer.with_encoder(None).encode
+    fast, plain = _gigatoken(tokenizer), tokenizer.with_encoder(None).encode
     if tokenizer.backend.normalizer is None:
         return fast
     return lambda text: fast(text) if text.isascii() or is_normalized("NFC", text) else plain(text)
 
 
 @lru_cache(maxsize=1)  # the one that proved itself is the one that is used
-def _gigatoken(backend: Backend) -> Encoder:
+def _gigatoken(tokenizer: Tokenizer) -> Encoder:
     from gigatoken import Tokenizer as Gigatoken
 
-    return Gigatoken.from_json(backend.to_str()).encode
+    return Gigatoken.from_json(tokenizer.json).backend.encode
 
 
 def encoders_agree(tokenizer: Tokenizer, texts: Iterable[str]) -> bool:
