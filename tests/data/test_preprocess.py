@@ -115,15 +115,16 @@ def test_bos_eod_and_uint16(tokenizer: Path, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["text", "alpaca"])
+@pytest.mark.parametrize(("kind", "copied"), [("text", True), ("text", False), ("alpaca", True)])
 def test_any_number_of_workers_writes_the_same_bytes(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, copied: bool
 ) -> None:
     from mindspeed_core.templates import TEMPLATES
-    from mindspeed_data import formats, preprocess
+    from mindspeed_data import formats, pool, preprocess
     from mindspeed_data.conversations import CONVERSATIONS
     from mindspeed_data.tokenize import InstructionJob, TextJob
 
+    monkeypatch.setattr(pool, "FORK", copied and pool.FORK)
     alpaca = CONVERSATIONS["alpaca"]
     if kind == "text":
         source = lines(tmp_path / "in.jsonl", 3000)
@@ -355,8 +356,8 @@ import os, time
 from mindspeed_data.pool import Pool
 from tests.data.test_preprocess import Sleep
 pool = Pool(Sleep(), 2)
-for process in [worker.process for worker in pool._workers]:
-    print(process.pid, flush=True)
+for worker in pool._workers:
+    print(worker.pid, flush=True)
 for pid in pool.map([0, 0]):
     pass
 print("ready", flush=True)
@@ -413,12 +414,61 @@ class Fail:
         ("bug", "RuntimeError", "KeyError: 'x'"),
     ],
 )
-def test_an_error_in_a_worker_reaches_the_parent(item: str, kind: str, said: str) -> None:
+@pytest.mark.parametrize("copied", [True, False])
+def test_an_error_in_a_worker_reaches_the_parent(
+    item: str, kind: str, said: str, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mindspeed_data import pool
     from mindspeed_data.pool import Pool
 
+    if copied and not pool.FORK:
+        pytest.skip("workers are not copies here")
+    monkeypatch.setattr(pool, "FORK", copied)
     with Pool(Fail(), 2) as pool, pytest.raises(Exception, match=said) as caught:
         list(pool.map(["a", "b", item, "c"]))
     assert type(caught.value).__name__ == kind
+
+
+def test_a_worker_lets_go_of_what_it_does_not_need(tmp_path: Path) -> None:
+    """A lock of the parent ends with the parent, not with the last of its workers."""
+    import fcntl
+
+    from mindspeed_data.pool import Pool
+
+    def opened() -> int:
+        return os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+
+    held, other = opened(), opened()
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with Pool(Fail(), 2) as pool:
+        assert list(pool.map(["a", "b"])) == ["a", "b"]
+        os.close(held)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
+
+
+def test_as_many_workers_as_cores_and_input_are_worth(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mindspeed_data import formats, preprocess
+    from mindspeed_data.sources import Source
+    from mindspeed_data.tokenize import TextJob
+
+    monkeypatch.setattr(preprocess.os, "sched_getaffinity", lambda _: range(3), raising=False)
+    for size, fast, asked, expected in [
+        (100 << 20, True, None, 1),
+        (128 << 20, True, None, 2),
+        (100 << 20, False, None, 3),
+        (1, False, None, 1),
+        (1, True, 4, 1),
+        (100 << 20, True, 4, 4),
+    ]:
+        job = TextJob(
+            sources=[Source(Path("x.jsonl"), "jsonl", size)],
+            tokenizer=Tokenizer.load(tokenizer),
+            format=formats.TEXT,
+            keys=formats.TEXT.keys,
+            fast=fast,
+        )
+        assert preprocess._workers(job, asked) == expected
 
 
 def test_results_come_in_order_and_items_are_taken_as_needed() -> None:

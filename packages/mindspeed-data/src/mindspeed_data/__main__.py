@@ -26,7 +26,9 @@ Inputs = Annotated[
 ]
 TokenizerFolder = Annotated[Path, typer.Option("--tokenizer", help="Folder of the tokenizer, or of a model.")]
 Output = Annotated[Path, typer.Option("--output", help="Beginning of the names of the files to write, say data/wiki.")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes; as many as cores if not given.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes; what cores and input are worth if not given.")
+]
 MapKeys = Annotated[
     str | None, typer.Option("--map-keys", help='Other names of the keys, as JSON: \'{"text": "body"}\'.')
 ]

@@ -41,7 +41,7 @@ from mindspeed_data.tokenize import Encoded, EncoderError, Job, TextJob, encoder
 NAMED = 10  # rows left out that are named one by one on the terminal
 PROBED = 64  # texts of the run on which the fast encoder must prove itself
 # Bytes of input that outweigh the start of one more worker, with gigatoken and without.
-FAST_SHARE, SLOW_SHARE = 128 << 20, 4 << 20
+FAST_SHARE, SLOW_SHARE = 64 << 20, 4 << 20
 STAGE = ".rows"  # what the files of the first pass are called where a second one follows
 
 
@@ -94,7 +94,7 @@ def run(
         if kept and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"after {kept:,} samples; the same command goes on from there") from None
         raise
-    _report(job, output, plan, outcome, time.monotonic() - started)
+    _report(job, output, plan, outcome, time.monotonic() - started, current.workers)
     return outcome
 
 
@@ -122,6 +122,7 @@ class _Run:
         self.arranged: dict[str, IndexedWriter] = {}
         self.outcome = Outcome()
         self.kept = 0  # samples that the journal knows of
+        self.workers = 1
 
     def finish(self, workers: int | None) -> Outcome:
         """Do what is left of it."""
@@ -191,12 +192,13 @@ class _Run:
         growing = [file for writer in self.writers.values() for file in writer.growing] + [self.left_out]
 
         job, total = self.job, sum(source.size for source in self.job.sources)
+        self.workers = _workers(job, workers)
         unit, scale = ("MB", 1_000_000) if total >= 10_000_000 else ("KB", 1_000)
         done = 0 if line is None else line["read"]
         places = _Places(job.sources, line)
         with (
             progress(round(total / scale), "tokenizing", unit=unit) as bar,
-            closing(self._results(line, _workers(job, workers))) as results,
+            closing(self._results(line, self.workers)) as results,
         ):
             for number, chunk, encoded in results:
                 origin = places.tell(chunk, encoded, self.outcome, self.left_out)
@@ -456,12 +458,12 @@ def _sidecar(job: Job, plan: Plan, outcome: Outcome, files: dict[str, Mark]) -> 
     )
 
 
-def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float) -> None:
+def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float, workers: int) -> None:
     size = sum(source.size for source in job.sources) / 1e6
     files = f"{len(job.sources)} file{'s' if len(job.sources) > 1 else ''}"
     console.print(
         f"{files}, {size:,.1f} MB: {outcome.kept:,} samples, {outcome.tokens:,} tokens in {seconds:.1f} s "
-        f"({size / seconds:,.1f} MB/s)"
+        f"({size / seconds:,.1f} MB/s{f', {workers} workers' if workers > 1 else ''})"
     )
     if not isinstance(job, TextJob):
         share = outcome.learned / max(outcome.tokens, 1)
