@@ -5,7 +5,7 @@
     ... --write NAME                                                 also as a section of benchmarks/results/preprocess.md
 
 Every side is a process of its own and gets the same file. "cold" is the whole process, from its start to files on the disk;
-"warm" is the same work once more in that process. Beside the seconds of the clock stand those of the processor, of all processes
+"warm" is the same work once more in that process, for which ours loads its tokenizer again and the peers keep theirs. Beside the seconds of the clock stand those of the processor, of all processes
 of a side: on a shared machine they are what can be compared. The ids of all sides are compared. The Megatron-style loop is that of its
 `preprocess_data.py`: a document at a time through the tokenizer of transformers, in one process or in a pool, into
 `megatron.core`'s IndexedDatasetBuilder. The bare tokenizer encodes texts that lie in memory, and writes nothing; its ids
@@ -15,6 +15,7 @@ can differ where a text is not in Unicode's normal form.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -120,6 +121,14 @@ def megatron(tokenizer: Path, corpus: Path, folder: Path, workers: int) -> str:
     return hashlib.sha256(Path(f"{prefix}.bin").read_bytes()).hexdigest()
 
 
+@functools.cache
+def _transformers(folder: Path) -> Any:
+    """The tokenizer of transformers, loaded as cheaply as it can be, and once in a process."""
+    from mindspeed_core.tokenizer import _load_hf
+
+    return _load_hf(folder)
+
+
 class _Encoder:
     """One document at a time, with the tokenizer of transformers."""
 
@@ -127,10 +136,7 @@ class _Encoder:
 
     @classmethod
     def start(cls, folder: Path) -> None:
-        from mindspeed_core.tokenizer import Tokenizer
-
-        if cls.tokenizer is None:
-            cls.tokenizer = Tokenizer.load(folder).hf
+        cls.tokenizer = _transformers(folder)
 
     @classmethod
     def encode(cls, line: str) -> list[int]:
@@ -141,10 +147,8 @@ def datasets_map(tokenizer: Path, corpus: Path, folder: Path, workers: int) -> s
     """`datasets.map` in batches, into the files of `datasets`."""
     import datasets
 
-    from mindspeed_core.tokenizer import Tokenizer
-
     datasets.disable_progress_bars()
-    hf = Tokenizer.load(tokenizer).hf
+    hf = _transformers(tokenizer)
     with tempfile.TemporaryDirectory(dir=folder) as cache:  # a result that lies in its cache would be no work
         rows = datasets.load_dataset("json", data_files=str(corpus), split="train", cache_dir=cache)
         mapped = rows.map(
@@ -166,7 +170,7 @@ def bare(tokenizer: Path, corpus: Path, _: Path, workers: int) -> str:
     from mindspeed_core.tokenizer import Tokenizer
 
     texts = [json.loads(line)["text"] for line in corpus.read_bytes().splitlines()]
-    encode = Gigatoken.from_json(Tokenizer.load(tokenizer).backend.to_str()).encode
+    encode = Gigatoken.from_json(Tokenizer.load(tokenizer).json).encode
     start = time.process_time()
     ids = [encode(text) for text in texts]
     told["seconds"] = time.process_time() - start
@@ -180,7 +184,7 @@ def bare_file(tokenizer: Path, corpus: Path, _: Path, workers: int) -> str:
 
     from mindspeed_core.tokenizer import Tokenizer
 
-    gigatoken, source = Gigatoken.from_json(Tokenizer.load(tokenizer).backend.to_str()), JsonlFileSource([corpus])
+    gigatoken, source = Gigatoken.from_json(Tokenizer.load(tokenizer).json), JsonlFileSource([corpus])
     gigatoken.encode_batch([""], parallel=False)  # it imports the library of its result
     start = time.process_time()
     ids = gigatoken.encode_files(source, parallel=False)
@@ -216,7 +220,8 @@ def side(name: str, tokenizer: Path, corpus: Path) -> None:
 def measure(name: str, tokenizer: Path, corpus: Path) -> dict[str, Any]:
     """Run a side as a process; the seconds until it had done the work once, and again."""
     command = [sys.executable, __file__, "--side", name, "--tokenizer", str(tokenizer), "--input", str(corpus)]
-    surroundings = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
+    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    surroundings |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
     times = [time.perf_counter()]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=surroundings)
     assert process.stdout is not None
@@ -282,6 +287,11 @@ def compare(arguments: argparse.Namespace, corpus: Path) -> str:
     """Rounds in which every side has its turn, as a table of medians."""
     chosen = [n for n in SIDES if not arguments.sides or n.startswith(tuple(arguments.sides))]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    with tempfile.TemporaryDirectory() as folder:  # what is compiled at its first import is compiled then
+        few = Path(folder) / "few.jsonl"
+        few.write_bytes(b"".join(corpus.read_bytes().splitlines(keepends=True)[:100]))
+        for name in chosen:
+            measure(name, arguments.tokenizer, few)
     for number in range(arguments.rounds):
         for name in chosen if number % 2 == 0 else reversed(chosen):
             runs[name].append(measure(name, arguments.tokenizer, corpus))

@@ -117,9 +117,10 @@ class Tokenizer:
     @cached_property
     def _vocabulary(self) -> tuple[int, str]:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        tokens, ids = sorted(vocabulary, key=vocabulary.__getitem__), sorted(vocabulary.values())
-        text = "\n".join([f"{id} {token!r}" for id, token in zip(ids, tokens, strict=True)])
-        return ids[-1] + 1, hashlib.sha256(text.encode()).hexdigest()[:32]
+        tokens, ids = list(vocabulary), np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
+        order = np.argsort(ids, kind="stable")
+        text = "\n".join([f"{id} {tokens[at]!r}" for id, at in zip(ids[order].tolist(), order.tolist(), strict=True)])
+        return int(ids.max()) + 1, hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
