@@ -139,6 +139,8 @@ def _copy(function: Callable[[Any], Any]) -> _Worker:
         code = 1
         try:
             os.setsid()
+            # those of a bar on the terminal hold a lock, and the thread that would free it is not here
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
             _let_go_of_all_but({2, theirs.fileno()})
