@@ -34,7 +34,7 @@ import torch.distributed as dist
 from setting import LLAMA_25M
 
 from mindspeed_core import megatron
-from mindspeed_core.device import Device
+from mindspeed_core.device import BACKENDS, Device
 from mindspeed_core.launcher import SURROUNDINGS
 from mindspeed_core.models.build import build_model
 from mindspeed_core.models.families.llama import LLAMA
@@ -218,8 +218,9 @@ def rank(side: str, layout: Layout, precision: str, number: int, world: int, sto
     torch.manual_seed(number)
     if side == "peer":
         megatron.MENDS = tuple(mend for mend in megatron.MENDS if mend.module == "megatron.core.jit")
+    backend = "gloo" if side == "peer" else BACKENDS["cpu"]
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=number, world_size=world, timeout=timedelta(minutes=5)
+        backend, init_method=f"file://{store}", rank=number, world_size=world, timeout=timedelta(minutes=5)
     )
     step = SIDES[side](layout, precision)
     step()

@@ -110,9 +110,11 @@ def _rank(rank: int, world: int, folder: str, timeout: float, job: bytes, send: 
         import torch
         import torch.distributed
 
+        from mindspeed_core.device import BACKENDS
+
         torch.set_num_threads(1)
         torch.distributed.init_process_group(
-            "gloo",
+            BACKENDS["cpu"],
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world,

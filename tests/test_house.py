@@ -44,6 +44,7 @@ FLOORS = [
         "optim.schedule",
         "parallel.pipeline",
     ),
+    ("parallel.exchange", "parallel.gloo"),
     ("device", "precision", "profiling", "cli", "tokenizer", "conversation", "chat_template", "templates"),
     ("megatron", "kernels"),
     ("parallel.mesh", "parallel.linear"),

@@ -8,6 +8,8 @@ from mindspeed_core import standing
 from mindspeed_core.standing import Standing
 from tests.harness import run_ranks
 
+LARGE = 1 << 14  # numbers that go through shared memory
+
 
 class Work:
     """An object that knows how far it is."""
@@ -22,14 +24,14 @@ class Work:
         return call()
 
 
-def in_rank(name):
+def in_rank(name, length):
     """Return where rank 0 stood in a collective, before rank 1 came; rank 1 comes when rank 0 is seen to wait."""
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
     group = dist.new_group([0, 1], group_desc="TENSOR_MODEL_PARALLEL_GROUP")
-    values = torch.ones(2)
+    values = torch.ones(length)
     calls = {
         "all_reduce": lambda: dist.all_reduce(values, group=group),
         "barrier": dist.barrier,
@@ -60,16 +62,18 @@ def waits(work, group):
 
 
 @pytest.mark.parametrize(
-    ("name", "function", "group"),
+    ("name", "length", "function", "group"),
     [
-        ("all_reduce", "all_reduce", "tp (ranks 0, 1)"),
-        ("barrier", "barrier", "all ranks"),
-        ("all_gather_object", "all_gather_object", "all ranks"),
-        ("handle", "waits", "tp (ranks 0, 1)"),
+        ("all_reduce", 2, "all_reduce", "tp (ranks 0, 1)"),
+        ("all_reduce", LARGE, "all_reduce", "tp (ranks 0, 1)"),
+        ("barrier", 2, "barrier", "all ranks"),
+        ("all_gather_object", 2, "all_gather_object", "all ranks"),
+        ("handle", 2, "waits", "tp (ranks 0, 1)"),
+        ("handle", LARGE, "waits", "tp (ranks 0, 1)"),
     ],
 )
-def test_a_collective_is_named_with_its_group_and_its_caller(name, function, group):
-    stood, _ = run_ranks(in_rank, 2, name)
+def test_a_collective_is_named_with_its_group_and_its_caller(name, length, function, group):
+    stood, _ = run_ranks(in_rank, 2, name, length)
     assert (stood.function, stood.group, stood.work) == (function, group, "in inner of a test")
     assert stood.place.startswith("test_standing.py:")
     assert str(stood) == f"in {function} of {group} at {stood.place}, in inner of a test"

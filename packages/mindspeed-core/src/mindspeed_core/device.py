@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from mindspeed_core.errors import InputError
+from mindspeed_core.parallel.gloo import SHARED_GLOO
 
-BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": SHARED_GLOO}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Device:
 
     @property
     def backend(self) -> str:
-        """The collective backend: hccl, nccl or gloo."""
+        """The collective backend: hccl, nccl, or gloo with shared memory."""
         return BACKENDS[self.type]
 
     @property

@@ -198,7 +198,7 @@ def _try_collectives(findings: Findings) -> None:
     if not findings.device:
         return
     backends = {"gloo": "cpu"}
-    if findings.device["count"] > 1 and findings.device["backend"] != "gloo":
+    if findings.device["count"] > 1 and findings.device["type"] != "cpu":
         backends[findings.device["backend"]] = findings.device["type"]
     for backend, device in backends.items():
         error = _all_reduce(device)

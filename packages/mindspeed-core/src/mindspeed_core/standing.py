@@ -100,6 +100,10 @@ def _in_collective(stack: Stack) -> Standing | None:
 
 def _before_handle(stack: Stack) -> Standing | None:
     """A collective that was started earlier: the nearest group on the stack is the one it belongs to."""
+    handle = [i for i, (frame, _) in enumerate(stack) if _is_handle(frame.f_locals.get("self"))]
+    stack = stack[handle[-1] + 1 :] if handle else stack  # one that is written in Python is on the stack itself
+    if not stack:
+        return None
     frame, line = stack[0]
     if ".wait(" not in linecache.getline(frame.f_code.co_filename, line):
         return None
@@ -115,6 +119,11 @@ def _held(frame: FrameType) -> Iterator[Any]:
     yield from values.values()
     for owner in (values.get("self"), values.get("ctx")):
         yield from getattr(owner, "__dict__", {}).values()
+
+
+def _is_handle(value: Any) -> bool:
+    collectives = sys.modules.get(COLLECTIVES)
+    return collectives is not None and isinstance(value, collectives.Work)
 
 
 def _named(group: Any) -> str | None:
