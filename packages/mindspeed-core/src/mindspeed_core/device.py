@@ -29,8 +29,8 @@ class Device:
     index: int = 0
 
     @staticmethod
-    def open(name: str = "auto", *, deterministic: bool = False) -> Device:
-        """Return the device called `name` and make it this process's current one.
+    def find(name: str = "auto") -> Device:
+        """Return the device called `name`, of which nothing is taken yet.
 
         `auto` takes an accelerator when torch sees one and the CPU otherwise. Any other name is taken at its word:
         asking for an NPU that is not there is an error, never a CPU run. The index is the launcher's LOCAL_RANK.
@@ -47,9 +47,14 @@ class Device:
                 f"device={name}: torch {torch.__version__} sees no {name} on this machine; run `mindspeed-core doctor`, "
                 "or use device=cpu"
             )
-        device = Device(name, 0 if name == "cpu" else int(os.environ.get("LOCAL_RANK", "0")))
-        if module is not None:
-            module.set_device(device.index)
+        return Device(name, 0 if name == "cpu" else int(os.environ.get("LOCAL_RANK", "0")))
+
+    @staticmethod
+    def open(name: str = "auto", *, deterministic: bool = False) -> Device:
+        """Find the device called `name` and make it this process's current one, which takes memory of an accelerator."""
+        device = Device.find(name)
+        if device.module is not None:
+            device.module.set_device(device.index)
         if deterministic:
             # cuBLAS and HCCL read these once, at their first call
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

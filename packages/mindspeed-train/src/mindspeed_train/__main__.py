@@ -61,7 +61,7 @@ def verify(
     if task is not None and task not in TASKS:
         raise InputError(f"--task {task}: no such task; use {' or '.join(TASKS)}")
     name = task or task_for(wanted).name
-    device = Device.open(wanted.device)
+    device = Device.find(wanted.device)
     ranks = wanted.parallel.world_size(device.count())
     check(wanted, TASKS[name], world_size=ranks, device=device.type)
     told = any(override.startswith("precision=") for override in overrides or [])
@@ -83,7 +83,7 @@ def _train(name: str, path: Path, overrides: list[str]) -> None:
     from mindspeed_train.config import Recipe
 
     recipe = load(Recipe, path, overrides, ignore=OTHERS)
-    device = Device.open(recipe.device)
+    device = Device.find(recipe.device)  # the launcher takes no memory of an accelerator
     world_size = launch.world()[1] if launch.launched() else recipe.parallel.world_size(device.count())
     if launch.world()[0] == 0 and not launch.by_us():  # our launcher has checked before it started the ranks
         from mindspeed_train.check import check
