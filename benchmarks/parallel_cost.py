@@ -6,8 +6,9 @@
 
 Three sides take turns, step by step, each in processes of its own that live as long as a layout is measured: ours on one
 rank, ours on two, and megatron-core's GPTModel, local layer spec, DDP and optimizer on two. The peer runs through the same
-device port (without it nothing of it runs on a CPU) but with none of our modules, kernels or optimizer. It has no CPU path
-for sequence and context parallelism; there the peer's column is empty. All sides train on the same number of tokens a step.
+device port (without it nothing of it runs on a CPU) but with none of our modules, kernels or optimizer, and its ranks talk
+through plain gloo. It has no CPU path for sequence and context parallelism; there the peer's column is empty. All sides
+train on the same number of tokens a step.
 
 The share of communication is the part of a step in which a rank's thread does not compute: it waits for its peer, or for
 bytes.
@@ -315,7 +316,7 @@ def main() -> None:
         about = (
             f"`{' '.join(['python', *sys.argv])}`: a Llama of 25 million "
             f"parameters, {SAMPLES} samples of {LENGTH} tokens a step, one thread a rank, {page.machine()}, "
-            f"gloo. tokens/s is the best of {args.rounds} rounds, the "
+            f"the peer on gloo, ours on the backend that stands on it. tokens/s is the best of {args.rounds} rounds, the "
             "ratios are medians over rounds in which all sides ran one after the other. See the script for what the peer "
             "is and where it has no such layout."
         )
