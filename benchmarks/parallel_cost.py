@@ -4,11 +4,11 @@
     python benchmarks/parallel_cost.py --layout tp2 --layout dp2 --precision bf16
     python benchmarks/parallel_cost.py --write                also into benchmarks/results/parallel_cost.md
 
-Three sides take turns, step by step, each in processes of its own that live as long as a layout is measured: ours on one
-rank, ours on two, and megatron-core's GPTModel, local layer spec, DDP and optimizer on two. The peer runs through the same
-device port (without it nothing of it runs on a CPU) but with none of our modules, kernels or optimizer, and its ranks talk
-through plain gloo. It has no CPU path for sequence and context parallelism; there the peer's column is empty. All sides
-train on the same number of tokens a step.
+Three sides take turns, step by step, each in processes of its own that live as long as a layout is measured: ours on
+one rank, ours on two, and megatron-core's GPTModel, local layer spec, DDP and optimizer on two. The peer runs through
+the same device port (without it nothing of it runs on a CPU) but with none of our modules, kernels or optimizer, and
+its ranks talk through plain gloo. It has no CPU path for sequence and context parallelism; there the peer's column is
+empty. All sides train on the same number of tokens a step.
 
 The share of communication is the part of a step in which a rank's thread does not compute: it waits for its peer, or for
 bytes.

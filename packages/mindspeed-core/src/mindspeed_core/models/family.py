@@ -277,9 +277,10 @@ class Weight:
     """One row of a family: a Megatron name, its kind, and the Hugging Face names it is packed from.
 
     `{i}` stands for the layer, `{e}` for the expert, `{a,b}` for several tensors in that order. Shapes are words: `v`
-    vocabulary, `h` hidden, `f` feed-forward, `d` head, `nd` all query heads, `gd` all key/value heads, `nggd` queries, keys and values, `e` experts, `ef`
-    feed-forward of one expert, `sf` feed-forward of the shared experts; `l` latent, `lr` latent and rotary part, `nkv` keys
-    and values of all heads, `nv` values of all heads, `ql` latent of the queries.
+    vocabulary, `h` hidden, `f` feed-forward, `d` head, `nd` all query heads, `gd` all key/value heads, `nggd`
+    queries, keys and values, `e` experts, `ef` feed-forward of one expert, `sf` feed-forward of the shared experts;
+    `l` latent, `lr` latent and rotary part, `nkv` keys and values of all heads, `nv` values of all heads, `ql` latent
+    of the queries.
     """
 
     megatron: str
