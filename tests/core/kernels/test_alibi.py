@@ -39,6 +39,16 @@ def test_a_distant_key_scores_less(side: str, sees: str, window: int | None, gro
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("side", ["reference", "cpu"])
+def test_a_steep_slope_costs_bf16_no_precision(side: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(256, 1, 8, 64, dtype=torch.bfloat16) for _ in range(3))
+    biases = Alibi(alibi.slopes(8))
+    exact = attention.reference(q.double(), k.double(), v.double(), scale=0.125, alibi=biases)
+    found = getattr(attention, side)(q, k, v, scale=0.125, alibi=biases)
+    assert (found.double() - exact).square().mean().sqrt() < 1e-3
+
+
 @pytest.mark.parametrize("length", [1024, 1100])
 def test_the_npu_is_told_the_last_rows_of_a_long_sequence(length: int) -> None:
     torch.manual_seed(0)

@@ -83,15 +83,16 @@ def cpu(
 ) -> Tensor:
     """Attention on a CPU: in blocks of rows while a sequence is short, torch's flash attention beyond.
 
-    torch's CPU kernel recomputes the probabilities in the backward pass, which pays only for long sequences.
+    torch's CPU kernel recomputes the probabilities in the backward pass, which pays only for long sequences. Biases are left
+    to it as well: it adds them in fp32, where the scores of blocks have the precision of q.
     """
     if segments is not None:
         return _each(q, k, v, segments, scale=scale, window=window, alibi=alibi)
     s, t = q.shape[0], k.shape[0]
-    if mask is None and not narrows(window, t) and s == t and BLOCKS <= s <= LONGEST:
+    if mask is None and alibi is None and not narrows(window, t) and s == t and BLOCKS <= s <= LONGEST:
         if matmul.widens() and q.dtype != torch.float32 and q.dtype != torch.float64:
-            return _Blocked.apply(q.float(), k.float(), v.float(), scale, alibi).to(q.dtype)
-        return _Blocked.apply(q, k, v, scale, alibi)
+            return _Blocked.apply(q.float(), k.float(), v.float(), scale).to(q.dtype)
+        return _Blocked.apply(q, k, v, scale)
     return reference(q, k, v, scale=scale, mask=mask, window=window, alibi=alibi)
 
 
@@ -112,7 +113,7 @@ class _Blocked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, alibi: Alibi | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         s, b, n, d = q.shape
         g, width = k.shape[2], v.shape[3]  # values may be narrower than keys
         queries = q.permute(1, 2, 0, 3).reshape(b * g, n // g, s, d)
@@ -122,10 +123,8 @@ class _Blocked(torch.autograd.Function):
         for start, stop in _spans(s):
             rows = queries[:, :, start:stop].reshape(b * g, -1, d)
             scores = torch.bmm(rows, keys[:, :stop].transpose(1, 2)).mul_(scale)
-            every = scores.view(b * g, n // g, stop - start, stop)
-            if alibi is not None:  # as the last query has it: what all keys of a query have in common changes nothing
-                every.view(b, g, n // g, -1, stop).add_(alibi(1, stop, scores.dtype).view(g, n // g, 1, stop))
-            every[..., start:].masked_fill_(_upper(stop - start, q.device), float("-inf"))
+            corner = scores.view(b * g, n // g, stop - start, stop)[..., start:]
+            corner.masked_fill_(_upper(stop - start, q.device), float("-inf"))
             probabilities = scores.softmax(-1)
             out[:, :, start:stop] = torch.bmm(probabilities, values[:, :stop]).view(b * g, n // g, -1, width)
             kept.append(probabilities)
@@ -149,7 +148,7 @@ class _Blocked(torch.autograd.Function):
             grad_queries[:, :, start:stop] = torch.bmm(inner, keys[:, :stop]).unflatten(1, (n // g, -1))
             grad_keys[:, :stop] += torch.bmm(inner.transpose(1, 2), rows)
         back = (x.view(b, -1, s, x.shape[-1]).permute(2, 0, 1, 3) for x in (grad_queries, grad_keys, grad_values))
-        return (*back, None, None)
+        return (*back, None)
 
 
 def _spans(s: int) -> list[tuple[int, int]]:
