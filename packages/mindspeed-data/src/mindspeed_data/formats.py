@@ -30,9 +30,13 @@ class Format:
             )
         return {**self.keys, **given}
 
+    def needed(self, keys: Keys) -> list[str]:
+        """Return the required keys as they are named in the file."""
+        return [keys[name] for name in self.required]
+
     def missing(self, record: Record, keys: Keys) -> list[str]:
-        """Return the required keys, as named in the file, that a record does not have."""
-        return [keys[name] for name in self.required if keys[name] not in record]
+        """Return those of them that a record does not have."""
+        return [key for key in self.needed(keys) if key not in record]
 
 
 def _text(record: Record, keys: Keys) -> str:

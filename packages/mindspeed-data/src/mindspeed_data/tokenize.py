@@ -79,14 +79,14 @@ class Job:
     ) -> Iterator[tuple[tuple[int, int], Any, Ids]]:
         """The samples of rows with their piece and line and their ids; what is no sample is added to the faults."""
         read, keys = self.format.read, self.keys
-        required = [keys[name] for name in self.format.required]
+        needed = self.format.needed(keys)
         for row in rows:
             if isinstance(row, Fault):
                 faults.append(row)
                 continue
             piece, line, record = row
             try:
-                for key in required:
+                for key in needed:
                     if key not in record:
                         raise ValueError(f"no key {key}")
                 sample = read(record, keys)
