@@ -53,15 +53,35 @@ def test_attention_is_causal_with_the_queries_last(s: int, t: int, groups: int):
 
 @pytest.mark.parametrize("s", [4, 5, 16, 33])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_attention_in_blocks_equals_the_reference(s: int, groups: int):
+@pytest.mark.parametrize("kept", [True, False])
+def test_attention_in_blocks_equals_the_reference(s: int, groups: int, kept: bool, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     q = torch.randn(s, 2, 4, 8, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(s, 2, groups, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    ours, oracle = (side(q, k, v, scale=0.3) for side in (attention.cpu, attention.reference))
+    monkeypatch.setattr(attention, "LONGEST", s if kept else 0)
+    monkeypatch.setattr(attention, "ROWS", 3)
+    ours, oracle = attention._Blocked.apply(q, k, v, 0.3), attention.reference(q, k, v, scale=0.3)
     torch.testing.assert_close(ours, oracle)
     weight = torch.randn_like(oracle)
     for a, b in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, oracle)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("s", [300, 600])  # with probabilities kept, and made anew
+def test_attention_of_bf16_on_a_cpu_is_off_by_a_rounding(s: int):
+    torch.manual_seed(0)
+    inputs = [torch.randn(s, 1, heads, 32, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    weight = torch.randn(s, 1, 4, 32, dtype=torch.bfloat16)
+
+    def results(side: Any, dtype: torch.dtype) -> list[Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in inputs]
+        out = side(*given, scale=32**-0.5)
+        return [out, *torch.autograd.grad(out, given, weight.to(dtype))]
+
+    for ours, exact in zip(
+        results(attention.cpu, torch.bfloat16), results(attention.reference, torch.float64), strict=True
+    ):
+        assert (ours.double() - exact).norm() < 2**-7 * exact.norm()
 
 
 def test_attention_sees_what_the_mask_shows():
@@ -176,14 +196,15 @@ def test_chunked_cross_entropy_equals_the_reference(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [0, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_head_adds_its_gradient_to_main_grad(dtype: torch.dtype):
+def test_the_head_adds_its_gradient_to_main_grad(dtype: torch.dtype, chunk: int):
     hidden, weight, labels, weights = _head(dtype)
     weights = weights.float()
 
     def gradients(w: Tensor) -> Tensor:
         h = hidden.clone().requires_grad_()
-        loss = cross_entropy.chunked(h, w, labels, weights, vocab_size=13, chunk=4, product=matmul.cpu)
+        loss = cross_entropy.chunked(h, w, labels, weights, vocab_size=13, chunk=chunk, product=matmul.cpu)
         (loss * 0.7).backward()
         assert h.grad is not None
         return h.grad
@@ -198,13 +219,13 @@ def test_the_head_adds_its_gradient_to_main_grad(dtype: torch.dtype):
     )
 
 
-def split_head() -> tuple[float, Tensor, Tensor]:
+def split_head(chunk: int) -> tuple[float, Tensor, Tensor]:
     """The loss over two ranks of 7 rows each, the last of them padding; the share of dhidden is summed here."""
     hidden, weight, labels, weights = (x.float() if x.is_floating_point() else x for x in _head())
     rank = torch.distributed.get_rank()
     h = hidden.clone().requires_grad_()
     w = pad_rows(weight, 14).chunk(2)[rank].clone().requires_grad_()
-    loss = cross_entropy.chunked(h, w, labels, weights, vocab_size=13, group=torch.distributed.group.WORLD, chunk=4)
+    loss = cross_entropy.chunked(h, w, labels, weights, vocab_size=13, group=torch.distributed.group.WORLD, chunk=chunk)
     loss.backward()
     assert h.grad is not None
     assert w.grad is not None
@@ -212,13 +233,14 @@ def split_head() -> tuple[float, Tensor, Tensor]:
     return loss.item(), h.grad, w.grad
 
 
-def test_a_vocabulary_cut_over_ranks_gives_the_same_loss_and_gradients():
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_a_vocabulary_cut_over_ranks_gives_the_same_loss_and_gradients(chunk: int):
     hidden, weight, labels, weights = (x.float() if x.is_floating_point() else x for x in _head())
     h, w = hidden.requires_grad_(), weight.requires_grad_()
     loss = F.cross_entropy(h @ w.T, labels, reduction="none") @ weights
     loss.backward()
     assert w.grad is not None
-    ranks = run_ranks(split_head, 2)
+    ranks = run_ranks(split_head, 2, chunk)
     for got, dhidden, _ in ranks:
         assert got == pytest.approx(loss.item(), rel=1e-6)
         torch.testing.assert_close(dhidden, h.grad, rtol=1e-5, atol=1e-6)

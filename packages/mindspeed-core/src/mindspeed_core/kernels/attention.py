@@ -66,7 +66,8 @@ def within(window: int, s: int, t: int, device: torch.device) -> Tensor:
 
 WIDEST = 768  # an NPU attends with heads of at most this width
 LAST = 1024  # rows of biases that it asks for where they tell those before them: causal, as many queries as keys
-BLOCKS = 4  # of query rows: more skip more of the empty triangle, fewer make larger products
+BLOCKS = 4  # of query rows, at least: more skip more of the empty triangle, fewer make larger products
+ROWS = 128  # of a block, at most: the scores of more would leave the cache
 LONGEST = 512  # the probabilities kept for the backward pass grow with the square of the length
 
 
@@ -81,18 +82,20 @@ def cpu(
     window: int | None = None,
     alibi: Alibi | None = None,
 ) -> Tensor:
-    """Attention on a CPU: in blocks of rows while a sequence is short, torch's flash attention beyond.
+    """Attention on a CPU: in blocks of rows, and by torch's flash attention where that is no slower.
 
-    torch's CPU kernel recomputes the probabilities in the backward pass, which pays only for long sequences. Biases are left
-    to it as well: it adds them in fp32, where the scores of blocks have the precision of q.
+    That is in fp32 for long sequences, where it too makes the probabilities anew in the backward pass. Biases are left to it
+    as well: it adds them in fp32, where the scores of blocks have the precision of q.
     """
     if segments is not None:
         return _each(q, k, v, segments, scale=scale, window=window, alibi=alibi)
     s, t = q.shape[0], k.shape[0]
-    if mask is None and alibi is None and not narrows(window, t) and s == t and BLOCKS <= s <= LONGEST:
-        if matmul.widens() and q.dtype != torch.float32 and q.dtype != torch.float64:
-            return _Blocked.apply(q.float(), k.float(), v.float(), scale).to(q.dtype)
-        return _Blocked.apply(q, k, v, scale)
+    if mask is None and alibi is None and not narrows(window, t) and s == t and s >= BLOCKS:
+        if q.dtype == torch.bfloat16 and not matmul.widens():
+            return _Blocked.apply(q, k, v, scale)
+        if s <= LONGEST:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            return _Blocked.apply(q.to(wide), k.to(wide), v.to(wide), scale).to(q.dtype)
     return reference(q, k, v, scale=scale, mask=mask, window=window, alibi=alibi)
 
 
@@ -110,6 +113,8 @@ class _Blocked(torch.autograd.Function):
 
     queries 0..3   x . . .        the queries of one group lie under each other, so that a block is one product
     queries 4..7   x x . .        of [rows, d] and [d, keys] for every key head
+
+    The probabilities of short sequences are kept for the backward pass, those of long ones are made anew.
     """
 
     @staticmethod
@@ -121,13 +126,10 @@ class _Blocked(torch.autograd.Function):
         out = queries.new_empty(b * g, n // g, s, width)
         kept = []
         for start, stop in _spans(s):
-            rows = queries[:, :, start:stop].reshape(b * g, -1, d)
-            scores = torch.bmm(rows, keys[:, :stop].transpose(1, 2)).mul_(scale)
-            corner = scores.view(b * g, n // g, stop - start, stop)[..., start:]
-            corner.masked_fill_(_upper(stop - start, q.device), float("-inf"))
-            probabilities = scores.softmax(-1)
+            probabilities = _probabilities(queries[:, :, start:stop], keys[:, :stop], scale)
             out[:, :, start:stop] = torch.bmm(probabilities, values[:, :stop]).view(b * g, n // g, -1, width)
-            kept.append(probabilities)
+            if s <= LONGEST:
+                kept.append(probabilities)
         ctx.scale, ctx.shape = scale, (s, b, n, g)
         ctx.save_for_backward(queries, keys, values, *kept)
         return out.view(b, n, s, width).permute(2, 0, 1, 3)
@@ -138,22 +140,35 @@ class _Blocked(torch.autograd.Function):
         s, b, n, g = ctx.shape
         grad = grad.permute(1, 2, 0, 3).reshape(b * g, n // g, s, -1)
         grad_queries = torch.empty_like(queries)
-        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for (start, stop), probabilities in zip(_spans(s), kept, strict=True):
-            rows, mine = (x[:, :, start:stop].flatten(1, 2) for x in (queries, grad))
+        # sums of a few blocks lose nothing in the precision of their terms, those of many would
+        wide = keys.dtype if kept else torch.promote_types(keys.dtype, torch.float32)
+        grad_keys, grad_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
+        for i, (start, stop) in enumerate(_spans(s)):
+            part = queries[:, :, start:stop]
+            probabilities = kept[i] if kept else _probabilities(part, keys[:, :stop], ctx.scale)
+            rows, mine = part.flatten(1, 2), grad[:, :, start:stop].flatten(1, 2)
             grad_values[:, :stop] += torch.bmm(probabilities.transpose(1, 2), mine)
             inner = torch.bmm(mine, values[:, :stop].transpose(1, 2))
             # the softmax's own backward: p * (x - sum(p * x)), then the scale of the scores
             inner = torch._softmax_backward_data(inner, probabilities, -1, probabilities.dtype).mul_(ctx.scale)
             grad_queries[:, :, start:stop] = torch.bmm(inner, keys[:, :stop]).unflatten(1, (n // g, -1))
             grad_keys[:, :stop] += torch.bmm(inner.transpose(1, 2), rows)
-        back = (x.view(b, -1, s, x.shape[-1]).permute(2, 0, 1, 3) for x in (grad_queries, grad_keys, grad_values))
-        return (*back, None)
+        grads = (grad_queries, grad_keys.to(keys.dtype), grad_values.to(values.dtype))
+        return (*(x.view(b, -1, s, x.shape[-1]).permute(2, 0, 1, 3) for x in grads), None)
 
 
 def _spans(s: int) -> list[tuple[int, int]]:
-    size = -(-s // BLOCKS)
+    size = min(ROWS, -(-s // BLOCKS))
     return [(start, min(start + size, s)) for start in range(0, s, size)]
+
+
+def _probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return [b*g, n/g * r, t] for queries [b*g, n/g, r, d], the last of those that see the keys [b*g, t, d]."""
+    _, heads, r, _ = queries.shape
+    scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).mul_(scale)
+    corner = scores.unflatten(1, (heads, r))[..., -r:]
+    corner.masked_fill_(_upper(r, keys.device), float("-inf"))
+    return scores.softmax(-1)
 
 
 @cache

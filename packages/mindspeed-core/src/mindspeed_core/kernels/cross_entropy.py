@@ -2,12 +2,13 @@
 
 The logits of a large vocabulary are the largest tensor of a training step, and most of their time is memory traffic.
 `chunked` makes them for a few tokens at a time and turns them into gradients at once, so that only a chunk of them ever
-exists. Rank r holds rows [r * V/tp, (r + 1) * V/tp) of the output matrix; rows at and past `vocab_size` are padding and
+exists; a single chunk is kept for the backward pass, several are spent on the gradient of the weight. Rank r holds rows [r * V/tp, (r + 1) * V/tp) of the output matrix; rows at and past `vocab_size` are padding and
 take no part.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from mindspeed_core.kernels import matmul, matmul_add
 from mindspeed_core.kernels.matmul import Product
 
-CACHED = 1 << 18  # logits that fit into a core's own cache with room to spare
+CACHED = 1 << 19  # logits of which the passes over them stay near a core
 
 
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, vocab_size: int) -> Tensor:
@@ -55,10 +56,32 @@ def chunked(
         hidden, weight = hidden.detach(), weight.detach()  # the gradients are made on the way
     if wide and hidden.dtype != torch.float32:
         hidden, weight = hidden.float(), weight.float()  # once for all chunks; autograd casts the gradients back
-    return _Chunked.apply(hidden, weight, labels, weights, vocab_size, group, chunk, product, into)
+    split = _Split.of(weight, vocab_size, group)
+    if hidden.shape[0] <= chunk:
+        return _Whole.apply(hidden, weight, labels, weights, split, product, into)
+    return _Chunked.apply(hidden, weight, labels, weights, split, product, into, chunk)
 
 
-class _Chunked(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Split:
+    """Which rows of the output matrix are whose."""
+
+    group: dist.ProcessGroup | None  # None: one rank holds them all
+    rows: int  # of this rank
+    first: int  # of its rows
+    real: int  # of its rows that are no padding
+
+    @classmethod
+    def of(cls, weight: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> _Split:
+        group = None if group is None or group.size() == 1 else group
+        rows = weight.shape[0]
+        first = 0 if group is None else group.rank() * rows
+        return cls(group, rows, first, min(rows, max(0, vocab_size - first)))
+
+
+class _Whole(torch.autograd.Function):
+    """All logits at once; their gradient lives until the backward pass, which makes those of hidden and weight of it."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -66,29 +89,55 @@ class _Chunked(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         weights: Tensor,
-        vocab_size: int,
-        group: dist.ProcessGroup | None,
-        chunk: int,
+        split: _Split,
         product: Product,
         into: Tensor | None,
     ) -> Tensor:
-        if group is not None and group.size() == 1:
-            group = None
-        rows = weight.shape[0]
-        first = 0 if group is None else group.rank() * rows
-        real = min(rows, max(0, vocab_size - first))  # rows of this rank that are no padding
+        logits = product(hidden, weight)
+        total = _differentiate(logits, labels, weights, split)
+        ctx.product, ctx.into = product, into
+        ctx.save_for_backward(logits, hidden, weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        logits, hidden, weight = ctx.saved_tensors
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = ctx.product(logits, weight.T) * grad.to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            hidden = hidden * grad.to(hidden.dtype)
+            if ctx.into is None:
+                grad_weight = ctx.product(logits.T, hidden.T)
+            else:
+                matmul.accumulate(ctx.into, logits, hidden, ctx.product)
+        return grad_hidden, grad_weight, *(None,) * 5
+
+
+class _Chunked(torch.autograd.Function):
+    """A chunk of logits at a time; the gradients are made with them and wait for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        split: _Split,
+        product: Product,
+        into: Tensor | None,
+        chunk: int,
+    ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # a few tokens at a time stay in the cache from their logits to their gradients; a collective is for all of them
-        few = max(1, CACHED // rows) if group is None and hidden.device.type == "cpu" else chunk
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            x, local, scale = hidden[part], labels[part] - first, weights[part].float()
+            x = hidden[part]
             logits = product(x, weight)  # [c, rows]
-            for tokens in zip(logits.split(few), local.split(few), scale.split(few), strict=True):
-                total += _differentiate(*tokens, real, group)
+            total += _differentiate(logits, labels[part], weights[part], split)
             if grad_hidden is not None:
                 grad_hidden[part] = product(logits, weight.T)
             if grad_weight is not None:
@@ -109,18 +158,26 @@ class _Chunked(torch.autograd.Function):
             grad_weight = None
         elif grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.dtype)
-        return grad_hidden, grad_weight, *(None,) * 7
+        return grad_hidden, grad_weight, *(None,) * 6
 
 
-def _differentiate(logits: Tensor, local: Tensor, scale: Tensor, real: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Turn logits [c, rows] into the gradient of the loss by them, in place, and return the loss.
+def _differentiate(logits: Tensor, labels: Tensor, weights: Tensor, split: _Split) -> Tensor:
+    """Turn logits [c, rows] into the gradient of the loss by them, in place, and return the loss."""
+    # a few tokens at a time stay in the cache from their logits to their gradients; a collective is for all of them
+    few = max(1, CACHED // split.rows) if split.group is None and logits.device.type == "cpu" else max(1, len(logits))
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    tokens = zip(logits.split(few), (labels - split.first).split(few), weights.float().split(few), strict=True)
+    for some, local, scale in tokens:
+        total += _differentiate_few(some, local, scale, split)
+    return total
 
-    `local` [c] are the labels counted from this rank's first row, `scale` [c] the weights.
-    """
-    rows = logits.shape[1]
+
+def _differentiate_few(logits: Tensor, local: Tensor, scale: Tensor, split: _Split) -> Tensor:
+    """As `_differentiate`: `local` [c] are the labels counted from this rank's first row, `scale` [c] the weights."""
+    rows, group = split.rows, split.group
     wide = logits.float()  # the same tensor where it is fp32 already
-    if real < rows:
-        wide[:, real:] = float("-inf")
+    if split.real < rows:
+        wide[:, split.real :] = float("-inf")
     mine = (local >= 0) & (local < rows)
     at = local.clamp(0, rows - 1)[:, None]
     target, peak = wide.gather(1, at)[:, 0], wide.amax(-1)

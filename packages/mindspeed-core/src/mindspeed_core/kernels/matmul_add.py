@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-PIECE = 1 << 17  # elements that are widened at a time: they stay in the cache
+PIECE = 1 << 19  # elements that are widened at a time: they stay in the last cache
 
 Add = Callable[[Tensor, Tensor, Tensor], None]  # to [n, k], of grad [m, n] and x [m, k]
 
