@@ -1,7 +1,7 @@
 """What splitting a model over two ranks costs and brings: every layout beside one process and beside plain megatron-core.
 
-    python benchmarks/parallel_cost.py                        all layouts in both precisions, one thread a rank
-    python benchmarks/parallel_cost.py --layout tp2 --layout dp2 --precision bf16
+    python benchmarks/parallel_cost.py                        all layouts in all cases, one thread a rank
+    python benchmarks/parallel_cost.py --layout tp2 --layout dp2 --precision bf16 --length 1024
     python benchmarks/parallel_cost.py --write                also into benchmarks/results/parallel_cost.md
 
 Three sides take turns, step by step, each in processes of its own that live as long as a layout is measured: ours on
@@ -47,7 +47,8 @@ from mindspeed_core.precision import DTYPES
 from mindspeed_train.step import run_batch
 from mindspeed_train.tasks.task import token_loss
 
-SAMPLES, LENGTH = 8, 256  # of a step, over all ranks
+SAMPLES = 8  # of a step, over all ranks
+CASES = [("bf16", 1024), ("bf16", 256), ("fp32", 256)]  # precision, tokens of a sample
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,14 @@ LAYOUTS = {
 }
 
 
-def batches(layout: Layout, dp: int) -> list[dict[str, torch.Tensor]]:
+def batches(layout: Layout, length: int, dp: int) -> list[dict[str, torch.Tensor]]:
     """Return the micro batches of one data-parallel rank."""
-    tokens = torch.randint(0, LLAMA_25M["vocab_size"], (layout.micro, LENGTH + 1))
-    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "weights": torch.ones(layout.micro, LENGTH)}
+    tokens = torch.randint(0, LLAMA_25M["vocab_size"], (layout.micro, length + 1))
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "weights": torch.ones(layout.micro, length)}
     return [batch] * (SAMPLES // layout.micro // dp)
 
 
-def ours(layout: Layout, precision: Any) -> Callable[[], None]:
+def ours(layout: Layout, precision: Any, length: int) -> Callable[[], None]:
     """Return a step of the trainer's own pieces."""
     mesh = Mesh.create(ParallelConfig(**layout.parallel), Device.open("cpu"))
     arch = LLAMA.architecture({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, **LLAMA_25M})
@@ -93,7 +94,7 @@ def ours(layout: Layout, precision: Any) -> Callable[[], None]:
     optim = OptimConfig(lr=1e-4, **layout.optim)
     model = wrap_data_parallel(chunks, optim, mesh)
     optimizer = build_optimizer(optim, model, mesh, precision)
-    micro_batches = batches(layout, mesh.dp.size)
+    micro_batches = batches(layout, length, mesh.dp.size)
 
     def step() -> None:
         for chunk in model:
@@ -105,7 +106,7 @@ def ours(layout: Layout, precision: Any) -> Callable[[], None]:
     return step
 
 
-def peer(layout: Layout, precision: str) -> Callable[[], None]:
+def peer(layout: Layout, precision: str, length: int) -> Callable[[], None]:
     """Return a step of megatron-core as its own documentation assembles it."""
     megatron.load(Device.open("cpu"))
     from megatron.core import parallel_state
@@ -156,7 +157,7 @@ def peer(layout: Layout, precision: str) -> Callable[[], None]:
         config,
         get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=LLAMA_25M["vocab_size"],
-        max_sequence_length=LENGTH,
+        max_sequence_length=length,
         pre_process=first,
         post_process=last,
         position_embedding_type="rope",
@@ -184,8 +185,8 @@ def peer(layout: Layout, precision: str) -> Callable[[], None]:
         [ddp],
         use_gloo_process_groups=False,
     )
-    micro_batches = batches(layout, parallel_state.get_data_parallel_world_size())
-    positions = torch.arange(LENGTH)[None].expand(layout.micro, -1)
+    micro_batches = batches(layout, length, parallel_state.get_data_parallel_world_size())
+    positions = torch.arange(length)[None].expand(layout.micro, -1)
     run = get_forward_backward_func()
 
     def forward(iterator: Any, model: Any) -> tuple[torch.Tensor, Callable]:
@@ -201,7 +202,7 @@ def peer(layout: Layout, precision: str) -> Callable[[], None]:
             data_iterator=iter(micro_batches),
             model=[ddp],
             num_microbatches=len(micro_batches),
-            seq_length=LENGTH,
+            seq_length=length,
             micro_batch_size=layout.micro,
             forward_only=False,
         )
@@ -210,10 +211,12 @@ def peer(layout: Layout, precision: str) -> Callable[[], None]:
     return step
 
 
-SIDES: dict[str, Callable[[Layout, Any], Callable[[], None]]] = {"ours": ours, "peer": peer}
+SIDES: dict[str, Callable[[Layout, Any, int], Callable[[], None]]] = {"ours": ours, "peer": peer}
 
 
-def rank(side: str, layout: Layout, precision: str, number: int, world: int, store: str, pipe: Connection) -> None:
+def rank(
+    side: str, layout: Layout, case: tuple[str, int], number: int, world: int, store: str, pipe: Connection
+) -> None:
     """One rank of one side: a step whenever the pipe says so; answer with its wall and its thread's own seconds."""
     torch.set_num_threads(1)
     torch.manual_seed(number)
@@ -223,7 +226,7 @@ def rank(side: str, layout: Layout, precision: str, number: int, world: int, sto
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=number, world_size=world, timeout=timedelta(minutes=5)
     )
-    step = SIDES[side](layout, precision)
+    step = SIDES[side](layout, *case)
     step()
     pipe.send("ready")
     while pipe.recv():
@@ -237,13 +240,13 @@ def rank(side: str, layout: Layout, precision: str, number: int, world: int, sto
 class Side:
     """The processes of one side."""
 
-    def __init__(self, side: str, layout: Layout, precision: str, world: int) -> None:
+    def __init__(self, side: str, layout: Layout, case: tuple[str, int], world: int) -> None:
         context = multiprocessing.get_context("spawn")
         store = tempfile.mktemp(prefix="parallel-cost-")
         self.pipes, self.processes = [], []
         for number in range(world):
             mine, theirs = context.Pipe()
-            arguments = (side, layout, precision, number, world, store, theirs)
+            arguments = (side, layout, case, number, world, store, theirs)
             process = context.Process(target=rank, args=arguments, daemon=True)
             process.start()
             self.pipes.append(mine)
@@ -266,12 +269,12 @@ class Side:
             process.join()
 
 
-def measure(name: str, alone: Side, precision: str, rounds: int) -> str:
+def measure(name: str, alone: Side, case: tuple[str, int], rounds: int) -> str:
     """Return the row of one layout: medians over rounds in which all sides ran one after the other."""
-    layout = LAYOUTS[name]
-    sides = {"alone": alone, "ours": Side("ours", layout, precision, 2)}
+    layout, (precision, length) = LAYOUTS[name], case
+    sides = {"alone": alone, "ours": Side("ours", layout, case, 2)}
     if layout.peer:
-        sides["peer"] = Side("peer", layout, precision, 2)
+        sides["peer"] = Side("peer", layout, case, 2)
     found: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for turn in range(rounds):
         order = list(sides) if turn % 2 else list(reversed(sides))
@@ -286,36 +289,39 @@ def measure(name: str, alone: Side, precision: str, rounds: int) -> str:
         )
         for side in found
     }
-    tokens = SAMPLES * LENGTH / min(wall for wall, _ in found["ours"])
+    tokens = SAMPLES * length / min(wall for wall, _ in found["ours"])
     waiting = statistics.median(share for _, share in found["ours"])
     beside = f"{over['peer']:.2f}" if "peer" in over else ""
-    return f"| {name} | {precision} | {tokens:.0f} | {over['alone']:.2f} | {beside} | {waiting:.0%} |"
+    return f"| {name} | {precision} | {length} | {tokens:.0f} | {over['alone']:.2f} | {beside} | {waiting:.0%} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=LAYOUTS, action="append")
     parser.add_argument("--precision", choices=["bf16", "fp32"], action="append")
+    parser.add_argument("--length", type=int, choices=sorted({length for _, length in CASES}), action="append")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     os.environ.update(SURROUNDINGS)  # threads and allocator, read when the ranks start
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     lines = [
-        "| layout | precision | tokens/s | over one process | over megatron-core on two ranks | waiting for the other rank |",
-        "|---|---|---|---|---|---|",
+        "| layout | precision | tokens a sample | tokens/s | over one process | over megatron-core on two ranks | waiting for the other rank |",
+        "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
-    for precision in args.precision or ["bf16", "fp32"]:
-        alone = Side("ours", ALONE, precision, 1)
+    for precision, length in CASES:
+        if precision not in (args.precision or [precision]) or length not in (args.length or [length]):
+            continue
+        alone = Side("ours", ALONE, (precision, length), 1)
         for name in args.layout or LAYOUTS:
-            lines.append(measure(name, alone, precision, args.rounds))
+            lines.append(measure(name, alone, (precision, length), args.rounds))
             print(lines[-1], flush=True)
         alone.close()
     if args.write:
         about = (
             f"`{' '.join(['python', *sys.argv])}`: a Llama of 25 million "
-            f"parameters, {SAMPLES} samples of {LENGTH} tokens a step, one thread a rank, {page.machine()}, "
+            f"parameters, {SAMPLES} samples a step, one thread a rank, {page.machine()}, "
             f"the peer on gloo, ours on the backend that stands on it. tokens/s is the best of {args.rounds} rounds, the "
             "ratios are medians over rounds in which all sides ran one after the other. See the script for what the peer "
             "is and where it has no such layout."
