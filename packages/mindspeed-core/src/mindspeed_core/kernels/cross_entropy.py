@@ -2,8 +2,8 @@
 
 The logits of a large vocabulary are the largest tensor of a training step, and most of their time is memory traffic.
 `chunked` makes them for a few tokens at a time and turns them into gradients at once, so that only a chunk of them ever
-exists; a single chunk is kept for the backward pass, several are spent on the gradient of the weight. Rank r holds rows [r * V/tp, (r + 1) * V/tp) of the output matrix; rows at and past `vocab_size` are padding and
-take no part.
+exists: a single one is kept for the backward pass, of several the gradient of the weight is made on the way. Rank r holds
+rows [r * V/tp, (r + 1) * V/tp) of the output matrix; rows at and past `vocab_size` are padding and take no part.
 """
 
 from __future__ import annotations
