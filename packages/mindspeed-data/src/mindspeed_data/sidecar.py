@@ -57,7 +57,7 @@ class Sidecar:
     cut: int = 0  # rows cut to seq_length
     split: int = 0  # rows that became several samples
     plan: dict[str, Any] = field(default_factory=dict)  # shard, mixing, packing
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"bytes", "sha256"}
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"bytes", "xxh3_128"}
     version: int = 1
 
     @property

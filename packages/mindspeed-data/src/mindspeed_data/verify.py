@@ -11,7 +11,7 @@ from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError
 from mindspeed_data import sidecar
 from mindspeed_data.indexed import IndexedDataset, path_of
-from mindspeed_data.journal import digest
+from mindspeed_data.journal import HASH, digest
 from mindspeed_data.sidecar import Sidecar
 
 BLOCK = 1 << 22  # ids that are looked at together
@@ -54,7 +54,7 @@ def _faults_of_description(prefix: Path, known: Sidecar, data: IndexedDataset, t
         path = folder / name
         if not path.is_file():
             yield f"{path}: missing; write the data again"
-        elif digest(path) != told["sha256"]:
+        elif digest(path) != told[HASH]:
             yield f"{path}: was changed since it was written: its hash is another one"
 
 
