@@ -280,6 +280,10 @@ def test_verify_finds_what_was_changed(tokenizer: Path, tmp_path: Path) -> None:
         run = data("verify", tmp_path / "x")
         assert run.returncode == 2
         assert said in run.stderr
+    ids.tofile(labels)
+    described = tmp_path / "x_packed.meta.json"
+    described.write_text(described.read_text().replace("xxh3_128", "sha256"))
+    assert "an older version wrote it" in data("verify", tmp_path / "x").stderr
 
 
 def test_a_data_set_of_the_other_kind_is_told_apart(tokenizer: Path, tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def _faults_of_description(prefix: Path, known: Sidecar, data: IndexedDataset, t
         path = folder / name
         if not path.is_file():
             yield f"{path}: missing; write the data again"
+        elif HASH not in told:
+            yield f"{path}: its description has no {HASH}, an older version wrote it; write the data again"
         elif digest(path) != told[HASH]:
             yield f"{path}: was changed since it was written: its hash is another one"
 
