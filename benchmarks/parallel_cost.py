@@ -72,6 +72,7 @@ LAYOUTS = {
     "tp2 sp": Layout({"tp": 2, "sp": True}, peer=False),
     "tp2 sp coc": Layout({"tp": 2, "sp": True, "collective_matmul": "coc", "coc_chunks": 2}, peer=False),
     "pp2": Layout({"pp": 2}, micro=1),
+    "pp2 delayed": Layout({"pp": 2, "delay_weight_gradients": True}, micro=1),
     "pp2 vpp2": Layout({"pp": 2, "vpp": 2}, micro=1, peer=False),
     "cp2 ring": Layout({"cp": 2}, peer=False),
     "cp2 ulysses": Layout({"cp": 2, "cp_algorithm": "ulysses"}, peer=False),

@@ -29,6 +29,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "coc": {"parallel": {"tp": 2, "sp": True, "collective_matmul": "coc"}},
     "mc2": {"parallel": {"tp": 2, "sp": True, "collective_matmul": "mc2"}},
     "pp": {"parallel": {"pp": 2}},
+    "delay": {"parallel": {"pp": 2, "delay_weight_gradients": True}},
     "vpp": {"parallel": {"pp": 2, "vpp": 2}},
     "layers per stage": {"parallel": {"pp": 2, "layers_per_stage": [3, 1]}},
     "noop layers": {"parallel": {"pp": 2, "noop_layers": [0, 1, 6, 7]}},

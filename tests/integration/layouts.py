@@ -52,6 +52,7 @@ AXES: dict[str, dict[str, Sections]] = {
     "pipeline": {
         "-": {},
         "pp2": {"parallel": {"pp": 2}},
+        "delayed": {"parallel": {"pp": 2, "delay_weight_gradients": True}},
         "vpp2": {"parallel": {"pp": 2, "vpp": 2}},
         "stages-1-3": {"parallel": {"pp": 2, "layers_per_stage": [1, 3]}},
         "noop": {"parallel": {"pp": 2, "vpp": 2, "noop_layers": [1, 2, 3, 6]}},  # one chunk has nothing else

@@ -56,6 +56,18 @@ def test_transfers_and_a_slow_stage_widen_the_bubble() -> None:
     assert uneven.bubble > 0.5
 
 
+@settings(deadline=None)
+@given(st.integers(2, 6), st.integers(1, 30))
+def test_delayed_gradients_of_weights_narrow_the_bubble(pp: int, micro_batches: int) -> None:
+    timeline = simulate(
+        Placement(num_layers=pp, pp=pp),
+        micro_batches=max(pp, micro_batches),
+        seconds=lambda piece: 1.0,  # a third of a step each: forward, gradients of inputs, gradients of weights
+        after=lambda piece: float(piece.backward),
+    )
+    assert timeline.length == 3 * max(pp, micro_batches) + 2 * (pp - 1)  # at once: 3 * (pp - 1)
+
+
 def test_the_order_is_megatrons() -> None:
     run_ranks(_megatrons_order, 1)
 

@@ -184,6 +184,24 @@ def _recompute_over_chunks(case: Case) -> str | None:
     )
 
 
+def _weights_may_wait(case: Case) -> str | None:
+    parallel, optim, key = case.recipe.parallel, case.recipe.optim, "parallel.delay_weight_gradients"
+    if not parallel.delay_weight_gradients:
+        return None
+    lines = []
+    if parallel.pp == 1:
+        lines.append(f"{key}: with pp=1 no stage waits for a gradient; leave it out, or set parallel.pp")
+    if parallel.vpp > 1:
+        lines.append(f"{key}: is of the order of vpp=1; leave it or parallel.vpp={parallel.vpp} out")
+    if optim.overlap_grad_reduce:
+        lines.append(f"{key}: a sum of optim.overlap_grad_reduce begins before they are made; leave one of them out")
+    if not optim.fused_accumulation:
+        lines.append(f"{key}: makes and adds them in one, which is optim.fused_accumulation; leave one of them out")
+    if case.recipe.kernels.matmul == "reference" or case.device == "cuda":
+        lines.append(f"{key}: is of the products of CPUs and NPUs; leave it out, and kernels.matmul at auto")
+    return "\n".join(lines) or None
+
+
 def _profile_is_of_this_run(case: Case) -> str | None:
     profile, parallel, steps = case.recipe.profile, case.recipe.parallel, case.recipe.train.steps
     if profile is None:
@@ -232,6 +250,14 @@ RULES: tuple[Rule, ...] = (
         keys=("memory.recompute_per_rank", "memory.recompute_in_advance", "parallel.vpp"),
         says="`recompute_per_rank` and `recompute_in_advance` need `vpp` of at least 2.",
         fault=_recompute_over_chunks,
+    ),
+    Rule(
+        keys=("parallel.delay_weight_gradients", "parallel.pp", "parallel.vpp", "optim"),
+        says=(
+            "`delay_weight_gradients` needs `pp` of at least 2, `vpp: 1` and `fused_accumulation`, and excludes "
+            "`overlap_grad_reduce`."
+        ),
+        fault=_weights_may_wait,
     ),
     Rule(
         keys=("profile", "train.steps"),

@@ -47,6 +47,7 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from mindspeed_core.memory import in_advance
+    from mindspeed_core.parallel import weight_gradients
 
     reports: list[Tensor] = []
     context = ContextSplit.of(mesh)
@@ -60,7 +61,13 @@ def run_batch(chunks: list[Any], micro_batches: Sequence[Batch], mesh: Mesh, for
     micro_batches = _filled(micro_batches, micro_batch_group(mesh.pp.size, len(chunks)))
     for chunk in chunks:
         chunk.train(train)  # routers draw at random only while they learn
-    beside = in_advance.communicator(chunks, mesh, len(micro_batches)) if train and chunked else None
+    beside: Any = None  # Megatron's own messages between stages
+    if train:
+        beside = (
+            in_advance.communicator(chunks, mesh, len(micro_batches))
+            if chunked
+            else weight_gradients.communicator(chunks, mesh)
+        )
     own: dict[str, Any] = {} if beside is None else {"p2p_communicator": beside, "pg_collection": mesh.groups}
     with torch.set_grad_enabled(train):
         reports = get_forward_backward_func(mesh.pp.size, len(chunks) if chunked else None)(

@@ -9,6 +9,7 @@ rows [r * V/tp, (r + 1) * V/tp) of the output matrix; rows at and past `vocab_si
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class _Whole(torch.autograd.Function):
     ) -> Tensor:
         logits = product(hidden, weight)
         total = _differentiate(logits, labels, weights, split)
-        ctx.product, ctx.into = product, into
+        ctx.product, ctx.into, ctx.waiting = product, into, matmul_add.waiting_of(weight)
         ctx.save_for_backward(logits, hidden, weight)
         return total
 
@@ -110,7 +111,8 @@ class _Whole(torch.autograd.Function):
             if ctx.into is None:
                 grad_weight = ctx.product(logits.T, hidden.T)
             else:
-                matmul.accumulate(ctx.into, logits, hidden, ctx.product)
+                add = partial(matmul.accumulate, product=ctx.product)
+                matmul_add.make(ctx.waiting, add, ctx.into, logits, hidden)
         return grad_hidden, grad_weight, *(None,) * 5
 
 

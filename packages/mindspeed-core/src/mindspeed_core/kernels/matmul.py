@@ -97,7 +97,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product, add: matmul_add.Add | None = None) -> Tensor:
         ctx.add = add or partial(accumulate, product=product)
-        ctx.product, ctx.into = product, matmul_add.sum_of(weight)
+        ctx.product, ctx.into, ctx.waiting = product, matmul_add.sum_of(weight), matmul_add.waiting_of(weight)
         ctx.save_for_backward(x, weight)
         return product(x, weight)
 
@@ -112,5 +112,5 @@ class _Linear(torch.autograd.Function):
             if ctx.into is None:
                 grad_weight = ctx.product(grad.T, rows.T)
             else:
-                ctx.add(ctx.into, grad, rows)
+                matmul_add.make(ctx.waiting, ctx.add, ctx.into, grad, rows)
         return grad_x, grad_weight, None, None

@@ -7,6 +7,7 @@ rounding to bf16 before each addition.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,11 +15,25 @@ from torch import Tensor
 PIECE = 1 << 19  # elements that are widened at a time: they stay in the last cache
 
 Add = Callable[[Tensor, Tensor, Tensor], None]  # to [n, k], of grad [m, n] and x [m, k]
+Waiting = list[Callable[[], None]]  # what makes gradients that others are in more of a hurry than
 
 
 def sum_of(weight: Tensor) -> Tensor | None:
     """Return what the gradient of a weight is to be added to; None: autograd shall have it."""
     return None if getattr(weight, "adds_apart", False) else getattr(weight, "main_grad", None)
+
+
+def waiting_of(weight: Tensor) -> Waiting | None:
+    """Return where the gradient of a weight shall wait to be made; None: it is made at once."""
+    return getattr(weight, "waiting", None)
+
+
+def make(waiting: Waiting | None, add: Add, into: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Add the gradient of a weight to its sum, now or when it is its turn."""
+    if waiting is None:
+        add(into, grad, x)
+    else:
+        waiting.append(partial(add, into, grad, x))
 
 
 def reference(into: Tensor, grad: Tensor, x: Tensor) -> None:

@@ -23,6 +23,7 @@ def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> li
     """Return the model's chunks with their gradient buffers, ready for `build_optimizer` and the schedules."""
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 
+    from mindspeed_core.parallel import weight_gradients
     from mindspeed_core.parallel.model_copy import ModelCopy
 
     settings = DistributedDataParallelConfig(
@@ -34,6 +35,9 @@ def wrap_data_parallel(chunks: list[Any], config: OptimConfig, mesh: Mesh) -> li
     if not config.fused_accumulation:
         for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
             parameter.adds_apart = True
+    if mesh.config.delay_weight_gradients:
+        for chunk in chunks:
+            weight_gradients.delay(chunk)
     wrapped = [
         ModelCopy(chunk.config, settings, chunk, disable_bucketing=place > 0, pg_collection=mesh.groups)
         for place, chunk in enumerate(chunks)

@@ -28,6 +28,7 @@ class ParallelConfig(Section):
     collective_matmul: Literal["none", "coc", "mc2"] = "none"  # products and collectives of tp: apart, in pieces, fused
     coc_chunks: Literal[1, 2, 4, 8] = 4  # the pieces of coc
     vpp: int = Field(1, ge=1)  # chunks of layers per stage: a smaller bubble for more messages
+    delay_weight_gradients: bool = False  # they are made while the gradient that the stage before waits for travels
     layers_per_stage: tuple[int, ...] | None = None  # by default as equal as can be, the first ones one more
     noop_layers: tuple[int, ...] = ()  # places that compute nothing, counted from 0 with the layers
     cp: int = Field(1, ge=1)  # context: every sequence is cut over cp ranks

@@ -81,6 +81,7 @@ def simulate(
     micro_batches: int,
     seconds: Callable[[Piece], float],
     transfer: float = 0.0,
+    after: Callable[[Piece], float] = lambda piece: 0.0,
 ) -> Timeline:
     """Return when each piece is computed.
 
@@ -88,7 +89,8 @@ def simulate(
         placement: how many stages and chunks there are.
         micro_batches: of one step, on one data-parallel rank.
         seconds: how long a piece takes.
-        transfer: seconds from the end of a piece until the next stage has its result.
+        transfer: seconds from a piece's result until the next stage has it.
+        after: how long a piece goes on when its result is there: with gradients of weights that are delayed.
     """
     pp, vpp = placement.pp, placement.vpp
     waiting = [pieces(stage, pp=pp, vpp=vpp, micro_batches=micro_batches) for stage in range(pp)]
@@ -102,7 +104,8 @@ def simulate(
                     ended[needed] + (transfer if needed.stage != stage else 0.0) for needed in _needs(piece, placement)
                 ]
                 start = max([free[stage], *ready])
-                free[stage] = ended[piece] = start + seconds(piece)
+                ended[piece] = start + seconds(piece)
+                free[stage] = ended[piece] + after(piece)
                 spans.append(Span(piece=piece, start=start, end=free[stage]))
         assert len(spans) > before, "a piece waits for one that comes after it"
     return Timeline(spans=spans)
