@@ -90,9 +90,17 @@ class Rows:
                 yield Fault(i, int(source.kind != "text"), piece.fault)
                 continue
             data = _bytes(source, piece)
-            self.lines.append(piece.stop - piece.start if source.kind in TABLES else _newlines(data))
+            counted = source.kind in LINES
+            if not counted:
+                self.lines.append(piece.stop - piece.start if source.kind in TABLES else _newlines(data))
+            line = 0
             for line, record in DECODERS[source.kind](data, piece):
-                yield Row(i, line, record) if isinstance(record, dict) else Fault(i, line, record)
+                if isinstance(record, dict):
+                    yield Row(i, line, record)
+                elif record is not None:
+                    yield Fault(i, line, record)
+            if counted:
+                self.lines.append(line if data.endswith(b"\n") else max(0, line - 1))
 
 
 def chunks(
@@ -143,16 +151,22 @@ def _document(data: bytes, _: Piece) -> Iterator[tuple[int, Record | str]]:
         yield data.count(b"\n", 0, error.start) + 1, _not_utf8(data, error)
 
 
-def _text_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
+def _text_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str | None]]:
     for number, line in _lines(data, piece):
+        if line is None:
+            yield number, None
+            continue
         try:
             yield number, {"text": line.decode()}
         except UnicodeDecodeError as error:
             yield number, _not_utf8(line, error)
 
 
-def _json_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
+def _json_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str | None]]:
     for number, line in _lines(data, piece):
+        if line is None:
+            yield number, None
+            continue
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError:
@@ -172,15 +186,14 @@ def _patiently(line: bytes) -> Record | str:
         return f"not valid JSON: {reason_of(error)}"
 
 
-def _lines(data: bytes, piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, with their numbers."""
+def _lines(data: bytes, piece: Piece) -> Iterator[tuple[int, bytes | None]]:
+    """The lines with their numbers; None for one that holds nothing."""
     number, start = 0, len(BOM) if piece.start == 0 and data.startswith(BOM) else 0
     while start < len(data):
         stop = data.find(b"\n", start)
         line = data[start : stop if stop >= 0 else None]  # one by one: all lines at once would leave the cache
         number, start = number + 1, stop + 1 if stop >= 0 else len(data)
-        if line and not line.isspace():
-            yield number, line.removesuffix(b"\r")
+        yield number, line.removesuffix(b"\r") if line and not line.isspace() else None
 
 
 def _array(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
@@ -223,7 +236,9 @@ def _table(data: bytes, _: Piece) -> Iterator[tuple[int, Record | str]]:
 
 
 TABLES = ("parquet", "arrow")
-DECODERS: dict[str, Callable[[bytes, Piece], Iterator[tuple[int, Record | str]]]] = {
+LINES = ("lines", "jsonl")  # whose decoders count the lines they come by
+# A row's number, and its record, or what is wrong with it, or None where there is none.
+DECODERS: dict[str, Callable[[bytes, Piece], Iterator[tuple[int, Record | str | None]]]] = {
     "text": _document,
     "lines": _text_lines,
     "jsonl": _json_lines,

@@ -124,51 +124,19 @@ class TextJob(Job):
 
     def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
         rows, faults = Rows(chunk, self.sources), []
+        before = [] if self.bos is None else [np.array([self.bos], np.uint32)]
+        after = [] if self.eod is None else [np.array([self.eod], np.uint32)]
         encode = tokenizer.encoder or tokenizer.encode
-        whole = _Joined(self.dtype, self.bos, self.eod)
-        lengths, places = [], []
+        parts, lengths, places = [], [], []
         for place, text, ids in self._encoded(rows, faults, encode):
             if not lengths:
                 self._proven(tokenizer, text)
-            lengths.append(whole.add(ids))
+            parts += [*before, np.asarray(ids, np.uint32), *after]
+            lengths.append(len(ids) + len(before) + len(after))
             places.append(place)
-        return Encoded({"text": whole.ids}, np.array(lengths, np.int32), places, faults, rows.lines)
-
-
-class _Joined:
-    """Sequences one after the other, each copied at once: it is still in the cache, and its memory serves the next one."""
-
-    def __init__(self, dtype: np.dtype[Any], first: int | None, last: int | None) -> None:
-        self._dtype = dtype
-        self._array = np.empty(
-            1 << 20, np.uint32 if dtype == np.int32 else dtype
-        )  # as gigatoken gives them: no conversion
-        self._size = 0
-        self._first, self._last = first, last  # of every sequence
-
-    @property
-    def ids(self) -> NDArray[Any]:
-        return self._array[: self._size].view(self._dtype)
-
-    def add(self, ids: Any) -> int:
-        """Append a sequence and return its length."""
-        start = self._size
-        end = start + len(ids) + 2
-        if end > len(self._array):
-            larger = np.empty(2 * end, self._array.dtype)
-            larger[:start] = self._array[:start]
-            self._array = larger
-        array, at = self._array, start
-        if self._first is not None:
-            array[at] = self._first
-            at += 1
-        end = at + len(ids)
-        array[at:end] = ids
-        if self._last is not None:
-            array[end] = self._last
-            end += 1
-        self._size = end
-        return end - start
+        ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
+        ids = ids.view(np.int32) if self.dtype == np.int32 else ids.astype(self.dtype)
+        return Encoded({"text": ids}, np.array(lengths, np.int32), places, faults, rows.lines)
 
 
 @dataclass(frozen=True, kw_only=True)
