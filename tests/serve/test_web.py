@@ -10,6 +10,7 @@ import pytest
 
 from mindspeed_core.errors import InputError
 from mindspeed_core.generate.sampling import SamplingConfig
+from mindspeed_serve import web
 from mindspeed_serve.web import _answering
 
 
@@ -34,7 +35,8 @@ class Parrot:
             self.open -= 1
 
 
-def test_the_answer_grows_and_the_history_is_handed_on() -> None:
+def test_the_answer_grows_and_the_history_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "EVERY", 0)
     parrot = Parrot()
     answer = _answering(parrot, 7)  # type: ignore[arg-type]
     history = [
@@ -50,6 +52,13 @@ def test_the_answer_grows_and_the_history_is_handed_on() -> None:
     ]
     assert sampling == SamplingConfig(temperature=0.5, top_p=0.9, top_k=40, max_new_tokens=16, seed=7)
     assert system is None
+
+
+def test_words_that_come_faster_than_they_are_drawn_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "EVERY", 60)
+    answer = _answering(Parrot(), None)  # type: ignore[arg-type]
+    assert list(answer("one two three", [], "", 0, 1, 0, 16)) == ["one", "onetwothree"]
+    assert list(answer("one", [], "", 0, 1, 0, 16)) == ["one"]
 
 
 def test_a_stopped_answer_ends_the_generation() -> None:

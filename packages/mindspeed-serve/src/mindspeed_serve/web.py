@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ FONTS = [
     "Noto Sans",
     "sans-serif",
 ]  # whatever the machine has: none is fetched
+EVERY = 0.05  # seconds between two states of an answer: drawing each word would leave a browser no time for its buttons
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
 CSS = """
 .gradio-container > main { width: 100%; max-width: 78rem !important; margin: 0 auto; padding: 1rem 1.25rem !important; }
@@ -134,7 +136,8 @@ def _answering(assistant: Assistant, seed: int | None) -> Any:
             {"role": "user", "content": message},
         ]
         pieces: Generator[str, None, None] | None = None
-        text = ""
+        text = shown = ""
+        drawn = float("-inf")
         try:
             with turn:
                 sampling = SamplingConfig(
@@ -143,6 +146,10 @@ def _answering(assistant: Assistant, seed: int | None) -> Any:
                 pieces = assistant.reply(messages, sampling, system=system.strip() or None)
             while (piece := _next(pieces, turn)) is not None:
                 text += piece
+                if time.monotonic() - drawn >= EVERY:
+                    yield text
+                    shown, drawn = text, time.monotonic()
+            if text != shown:
                 yield text
         except InputError as error:
             raise gr.Error(str(error), title="This cannot be answered", print_exception=False) from error
