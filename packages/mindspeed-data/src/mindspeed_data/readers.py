@@ -90,17 +90,9 @@ class Rows:
                 yield Fault(i, int(source.kind != "text"), piece.fault)
                 continue
             data = _bytes(source, piece)
-            counted = source.kind in LINES
-            if not counted:
-                self.lines.append(piece.stop - piece.start if source.kind in TABLES else _newlines(data))
-            line = 0
+            self.lines.append(piece.stop - piece.start if source.kind in TABLES else _newlines(data))
             for line, record in DECODERS[source.kind](data, piece):
-                if isinstance(record, dict):
-                    yield Row(i, line, record)
-                elif record is not None:
-                    yield Fault(i, line, record)
-            if counted:
-                self.lines.append(line if data.endswith(b"\n") else max(0, line - 1))
+                yield Row(i, line, record) if isinstance(record, dict) else Fault(i, line, record)
 
 
 def chunks(
@@ -151,22 +143,16 @@ def _document(data: bytes, _: Piece) -> Iterator[tuple[int, Record | str]]:
         yield data.count(b"\n", 0, error.start) + 1, _not_utf8(data, error)
 
 
-def _text_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str | None]]:
+def _text_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
     for number, line in _lines(data, piece):
-        if line is None:
-            yield number, None
-            continue
         try:
             yield number, {"text": line.decode()}
         except UnicodeDecodeError as error:
             yield number, _not_utf8(line, error)
 
 
-def _json_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str | None]]:
+def _json_lines(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
     for number, line in _lines(data, piece):
-        if line is None:
-            yield number, None
-            continue
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError:
@@ -186,14 +172,15 @@ def _patiently(line: bytes) -> Record | str:
         return f"not valid JSON: {reason_of(error)}"
 
 
-def _lines(data: bytes, piece: Piece) -> Iterator[tuple[int, bytes | None]]:
-    """The lines with their numbers; None for one that holds nothing."""
+def _lines(data: bytes, piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """The lines that hold something, with their numbers."""
     number, start = 0, len(BOM) if piece.start == 0 and data.startswith(BOM) else 0
     while start < len(data):
         stop = data.find(b"\n", start)
         line = data[start : stop if stop >= 0 else None]  # one by one: all lines at once would leave the cache
         number, start = number + 1, stop + 1 if stop >= 0 else len(data)
-        yield number, line.removesuffix(b"\r") if line and not line.isspace() else None
+        if line and not line.isspace():
+            yield number, line.removesuffix(b"\r")
 
 
 def _array(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
@@ -236,9 +223,7 @@ def _table(data: bytes, _: Piece) -> Iterator[tuple[int, Record | str]]:
 
 
 TABLES = ("parquet", "arrow")
-LINES = ("lines", "jsonl")  # whose decoders count the lines they come by
-# A row's number, and its record, or what is wrong with it, or None where there is none.
-DECODERS: dict[str, Callable[[bytes, Piece], Iterator[tuple[int, Record | str | None]]]] = {
+DECODERS: dict[str, Callable[[bytes, Piece], Iterator[tuple[int, Record | str]]]] = {
     "text": _document,
     "lines": _text_lines,
     "jsonl": _json_lines,
