@@ -473,7 +473,7 @@ def _tables(index: int, source: Source, columns: Collection[str] | None) -> Iter
                 data = sink.getvalue().to_pybytes()
                 yield Piece(index, row, row + part.num_rows, row, data), len(data), total
                 row += part.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a damaged name
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())[:200]
