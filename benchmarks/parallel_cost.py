@@ -304,6 +304,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
+    cases = [
+        (precision, length)
+        for precision, length in CASES
+        if precision in (args.precision or [precision]) and length in (args.length or [length])
+    ]
+    if not cases:
+        parser.error(f"none of the cases is that: {CASES}")
     os.environ.update(SURROUNDINGS)  # threads and allocator, read when the ranks start
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     lines = [
@@ -311,12 +318,10 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
-    for precision, length in CASES:
-        if precision not in (args.precision or [precision]) or length not in (args.length or [length]):
-            continue
-        alone = Side("ours", ALONE, (precision, length), 1)
+    for case in cases:
+        alone = Side("ours", ALONE, case, 1)
         for name in args.layout or LAYOUTS:
-            lines.append(measure(name, alone, (precision, length), args.rounds))
+            lines.append(measure(name, alone, case, args.rounds))
             print(lines[-1], flush=True)
         alone.close()
     if args.write:

@@ -131,6 +131,11 @@ class Journal:
             self._file.write(data)
 
 
+def described(marks: Mapping[str, Mark]) -> dict[str, dict[str, Any]]:
+    """Return what the description of a data set says of its files."""
+    return {name: {"bytes": size, HASH: hashed} for name, (size, hashed) in sorted(marks.items())}
+
+
 def _locked(file: FileIO) -> bool:
     """True where another process holds the lock of a file; else it is ours, if the file system has locks at all."""
     with suppress(OSError):

@@ -15,7 +15,7 @@ from mindspeed_core.cli import console, progress
 from mindspeed_core.errors import InputError, writing
 from mindspeed_data import sidecar
 from mindspeed_data.indexed import IndexedDataset, IndexedWriter, path_of, rename
-from mindspeed_data.journal import HASH, GrowingFile, Mark
+from mindspeed_data.journal import GrowingFile, Mark, described
 from mindspeed_data.sidecar import LEFT_OUT, ORIGIN, Sidecar
 
 BLOCK = 1 << 16  # documents that are copied at once
@@ -175,6 +175,6 @@ def _together(known: Sequence[Sidecar], inputs: list[dict[str, Any]], files: dic
         "left_out": dict(sorted(left_out.items())),
         "inputs": inputs,
         "plan": {**known[0].plan, "shard": [1, 1]},
-        "files": {name: {"bytes": size, HASH: digest} for name, (size, digest) in sorted(files.items())},
+        "files": described(files),
     }
     return dataclasses.replace(known[0], **changed)

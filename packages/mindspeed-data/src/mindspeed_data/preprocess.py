@@ -29,7 +29,7 @@ from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError, writing
 from mindspeed_data import __version__, arrange, parts, readers
 from mindspeed_data.indexed import IndexedWriter, path_of, rename
-from mindspeed_data.journal import HASH, GrowingFile, Journal, Line, Mark
+from mindspeed_data.journal import GrowingFile, Journal, Line, Mark, described
 from mindspeed_data.plan import Plan
 from mindspeed_data.pool import Pool
 from mindspeed_data.readers import Chunk, Fault, Row, Rows
@@ -454,7 +454,7 @@ def _sidecar(job: Job, plan: Plan, outcome: Outcome, files: dict[str, Mark]) -> 
         longest=outcome.longest,
         inputs=[{"path": str(source.path), "bytes": source.size} for source in job.sources],
         plan=plan.described(),
-        files={name: {"bytes": size, HASH: digest} for name, (size, digest) in sorted(files.items())},
+        files=described(files),
     )
 
 
