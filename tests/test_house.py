@@ -100,6 +100,14 @@ def test_a_package_imports_only_those_it_may_and_declares_them(name):
     assert declared == ARROWS[name]
 
 
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_is_tested_alone_beside_the_siblings_it_declares(name):
+    alone = tomllib.loads((ROOT / "hatch.toml").read_text(encoding="utf-8"))["envs"]["alone"]
+    added = alone["overrides"]["matrix"]["package"]["workspace"]["members"]
+    beside = {member["value"] for member in added if name in member["if"]}
+    assert beside == {f"packages/mindspeed-{sibling}" for sibling in ARROWS[name]}
+
+
 def test_inside_core_no_file_imports_from_a_floor_below_it():
     floors = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
