@@ -16,8 +16,12 @@ from mindspeed_core.generate.sampling import SamplingConfig
 from tests.core.engines import run
 from tests.harness import run_ranks
 from tests.train import runs
+from tests.train.models import LATENT
 
 MIXTRAL: dict[str, Any] = {**runs.SIZES, "preset": "mixtral-8x7b", "num_local_experts": 4}
+NOAUX: dict[str, Any] = {
+    **LATENT, "preset": "deepseek-v3", "q_lora_rank": 24, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1
+}  # fmt: skip
 SIX: dict[str, Any] = {"train": {"steps": 6}}
 
 
@@ -126,6 +130,46 @@ def test_shared_experts_and_a_bias_that_follows_the_load_are_those_of_one_proces
         moved.append(bias.abs().max().item())
         assert bias.div(0.01).sub(bias.div(0.01).round()).abs().max() < 1e-3
     assert max(moved) > 0.009
+
+
+@pytest.fixture(scope="module")
+def followed(where: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a small DeepSeek-V3 in one process."""
+    folder = tmp_path_factory.mktemp("followed")
+    runs.train(_noaux(where, folder))
+    return folder
+
+
+def _noaux(where: Path, folder: Path, **sections: Any) -> dict[str, Any]:
+    return {**runs.values(where, folder, **SIX, **sections, experts={"bias_update_rate": 0.01}), "model": NOAUX}
+
+
+@pytest.mark.parametrize("parallel", [{"ep": 2}, {"tp": 2, "sp": True, "pp": 2}], ids=str)
+def test_the_bias_of_noaux_tc_follows_the_load_of_all_ranks(
+    parallel: dict[str, Any], where: Path, followed: Path, tmp_path: Path
+) -> None:
+    runs.train(_noaux(where, tmp_path, parallel=parallel), world=4 if "pp" in parallel else 2)
+    _equal(runs.metrics(tmp_path), runs.metrics(followed), "loss", "grad_norm", "aux_loss")
+    one, split = open_checkpoint(followed).tensors, open_checkpoint(tmp_path).tensors
+    names = [name for name in one.names() if name.endswith("e_score_correction_bias")]
+    assert len(names) == NOAUX["num_hidden_layers"] - 1
+    assert all(torch.equal(split[name], one[name]) for name in names)
+    assert max(one[name].abs().max().item() for name in names) > 0.009
+
+
+def test_what_a_bias_has_learned_is_read_by_transformers(followed: Path, tmp_path: Path) -> None:
+    import transformers
+
+    write_hf(open_checkpoint(followed), tmp_path / "exported")
+    model = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    prompt = [5, 17, 80]
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None)
+    step = open_checkpoint(followed)
+    sent = dict(step.config), {name: step.tensors[name].clone() for name in step.tensors.names()}
+    assert run({}, (greedy, sent, prompt)) == [expected[0, 3:].tolist()]
+    ours = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert ours
+    assert max(bias.abs().max().item() for bias in ours) > 0.009
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,11 @@ from mindspeed_core.errors import InputError
 from tests.core.models.tiny import hf_model
 from tests.tiny_checkpoint import contents
 
-EXPERTS = 4  # of Mixtral; DeepSeek-V2 has 8
+EXPERTS = 4  # of Mixtral; DeepSeek's have 8
 Model = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", params=["mixtral", "deepseek2"])
+@pytest.fixture(scope="module", params=["mixtral", "deepseek2", "deepseek3"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "hf"
     hf_model(request.param).save_pretrained(folder)

@@ -176,7 +176,7 @@ def test_every_preset_has_an_architecture_whose_rows_are_complete():
 
 
 def test_preset_sizes_equal_the_published_parameter_counts():
-    published = {"llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920, "smollm2-135m": 134_515_008, "tinyllama-1.1b": 1_100_048_384, "mistral-7b-v0.1": 7_241_732_096, "mistral-7b-v0.3": 7_248_023_552, "mixtral-8x7b": 46_702_792_704, "baichuan-13b": 13_264_901_120, "baichuan2-7b": 7_505_973_248}  # fmt: skip
+    published = {"llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920, "smollm2-135m": 134_515_008, "tinyllama-1.1b": 1_100_048_384, "mistral-7b-v0.1": 7_241_732_096, "mistral-7b-v0.3": 7_248_023_552, "mixtral-8x7b": 46_702_792_704, "baichuan-13b": 13_264_901_120, "baichuan2-7b": 7_505_973_248, "deepseek-v2-lite": 15_706_484_224, "deepseek-v3": 671_026_419_200}  # fmt: skip
     for name, expected in published.items():
         config = preset(name)
         family = family_of(config)
@@ -192,6 +192,7 @@ def test_preset_sizes_equal_the_published_parameter_counts():
         ({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}, "num_hidden_layers"),
         ({**preset("llama2-7b"), "attention_bias": True}, "attention_bias=True"),
         ({**preset("llama2-7b"), "hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({**preset("deepseek-v3"), "scoring_func": "softmax"}, "scoring_func=softmax is not supported for DeepSeek-V3"),
         ({**preset("mistral-7b-v0.1"), "sliding_window": 0}, "sliding_window=0 is no number of positions"),
         (
             {**preset("qwen2.5-14b"), "use_sliding_window": True, "max_window_layers": 40},
@@ -246,6 +247,8 @@ def test_a_mistral_configuration_without_the_key_has_its_default_window():
         ("deepseek-v2", "softmax_topk", {"topk_method": "greedy"}),  # which transformers reads too
         ("deepseek-v2", "group_limited_greedy", {"topk_method": "group_limited_greedy"}),
         ("deepseek-v2", "aux_loss", {"mindspeed_router": "aux_loss"}),
+        ("deepseek-v3", "noaux_tc", {}),
+        ("deepseek-v3", "softmax_topk", {"mindspeed_router": "softmax_topk"}),
     ],
 )
 def test_a_router_is_said_in_the_keys_of_the_family(name: str, router: Any, said: dict[str, str]):

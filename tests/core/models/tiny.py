@@ -19,6 +19,7 @@ CLASSES = {
     "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
     "baichuan": (BaichuanConfig, BaichuanForCausalLM),
     "deepseek2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+    "deepseek3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
 }
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5},  # shorter than what tests read
@@ -49,6 +50,17 @@ OWN: dict[str, dict[str, Any]] = {
         },
     },
 }
+# its queries have a latent too, and its experts are chosen within the best of their groups, by scores that a bias moves
+OWN["deepseek3"] = {
+    **OWN["deepseek2"],
+    "head_dim": 4,  # what transformers turns
+    "q_lora_rank": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+del OWN["deepseek3"]["topk_method"]  # it has only one
 
 
 def hf_model(family: str, *, tied: bool = False, groups: int = 4, seed: int = 0, **more: Any) -> Any:
@@ -69,9 +81,9 @@ def hf_model(family: str, *, tied: bool = False, groups: int = 4, seed: int = 0,
     }
     model = model_class(config_class(**{**sizes, **OWN.get(family, {}), **more})).eval()
     with torch.no_grad():  # norms start at one and biases at zero, which would hide a swapped tensor
-        for name, parameter in model.named_parameters():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "norm" in name or name.endswith("bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+                tensor.add_(torch.randn_like(tensor) * 0.1)
     return model
 
 

@@ -115,7 +115,7 @@ def update_biases(chunks: Sequence[Any], group: dist.ProcessGroup) -> None:
 
     Once per global batch; `group` holds all ranks that saw other tokens (tensor, context and data parallel).
     """
-    routers = [router for router in _routers(chunks) if router.expert_bias is not None]
+    routers = [router for router in _routers(chunks) if router.follows_load]
     if not routers:
         return
     counts = torch.stack([router.counts for router in routers])

@@ -120,6 +120,7 @@ class Router(torch.nn.Module):
         self.expert_bias: Tensor | None
         bias = torch.zeros(count, dtype=torch.float32, device=device) if self.experts.bias else None
         self.register_buffer("expert_bias", bias)
+        self.follows_load = bias is not None and self.experts.router == "noaux_tc"  # others choose without the bias
         self.counts: Tensor
         self.register_buffer("counts", torch.zeros(count, dtype=torch.float32, device=device), persistent=False)
 
@@ -135,7 +136,7 @@ class Router(torch.nn.Module):
         if not learns or not torch.is_grad_enabled():
             return choice
         assert token_weights is not None
-        if self.expert_bias is not None:
+        if self.follows_load:
             each = token_weights.reshape(-1, 1).expand_as(choice.experts)
             self.counts.scatter_add_(0, choice.experts.flatten(), each.flatten())
         loss, sums = balance.losses(logits, choice, self.experts, token_weights, self.sequence_group)

@@ -9,6 +9,7 @@ from typing import Any
 from mindspeed_core.errors import InputError
 from mindspeed_core.models.families.baichuan import BAICHUAN
 from mindspeed_core.models.families.deepseek2 import DEEPSEEK2
+from mindspeed_core.models.families.deepseek3 import DEEPSEEK3
 from mindspeed_core.models.families.llama import LLAMA
 from mindspeed_core.models.families.mistral import MISTRAL
 from mindspeed_core.models.families.mixtral import MIXTRAL
@@ -16,7 +17,7 @@ from mindspeed_core.models.families.qwen import QWEN2, QWEN3
 from mindspeed_core.models.family import Family
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, DEEPSEEK2, BAICHUAN)
+    family.name: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, DEEPSEEK2, DEEPSEEK3, BAICHUAN)
 }
 
 

@@ -27,15 +27,21 @@ ROUTERS: dict[str, RouterKind] = {"greedy": "softmax_topk", "group_limited_greed
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a DeepSeek-V2 configuration."""
+    method = config.get("topk_method") or "greedy"
+    if method not in ROUTERS:
+        raise InputError(f"config.json: topk_method={method} is not supported; supported are {', '.join(ROUTERS)}")
+    own: RouterKind = ROUTERS[method]
+    return latent_decoder(config, router=router_of(config, own), normalize=config.get("norm_topk_prob") or False)
+
+
+def latent_decoder(config: Mapping[str, Any], **experts: Any) -> Architecture:
+    """Return what DeepSeek's models have in common: latent attention, and experts of which the given fields are their own."""
     refuse(config, "attention_bias", "mlp_bias")
     require(
         config,
         *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
         *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
     )
-    method = config.get("topk_method") or "greedy"
-    if method not in ROUTERS:
-        raise InputError(f"config.json: topk_method={method} is not supported; supported are {', '.join(ROUTERS)}")
     latent = Latent(
         rank=config["kv_lora_rank"],
         nope_dim=config["qk_nope_head_dim"],
@@ -44,24 +50,22 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         query_rank=config.get("q_lora_rank"),
     )
     width = config["moe_intermediate_size"]
-    experts = Experts(
-        count=config["n_routed_experts"],
-        top_k=config["num_experts_per_tok"],
-        ffn_hidden_size=width,
-        shared_ffn_hidden_size=width * (config.get("n_shared_experts") or 0),
-        first_dense=config.get("first_k_dense_replace", 0),
-        every=config.get("moe_layer_freq", 1),
-        router=router_of(config, ROUTERS[method]),
-        groups=config.get("n_group") or 1,
-        topk_groups=config.get("topk_group") or 1,
-        normalize=config.get("norm_topk_prob") or False,
-        scaling=config.get("routed_scaling_factor", 1.0),
-        balance="sequence" if config.get("seq_aux", True) else "micro_batch",
-        aux_loss=config.get("aux_loss_alpha", 0.001),
-    )
+    common: dict[str, Any] = {
+        "count": config["n_routed_experts"],
+        "top_k": config["num_experts_per_tok"],
+        "ffn_hidden_size": width,
+        "shared_ffn_hidden_size": width * (config.get("n_shared_experts") or 0),
+        "first_dense": config.get("first_k_dense_replace", 0),
+        "every": config.get("moe_layer_freq", 1),
+        "groups": config.get("n_group") or 1,
+        "topk_groups": config.get("topk_group") or 1,
+        "scaling": config.get("routed_scaling_factor", 1.0),
+        "balance": "sequence" if config.get("seq_aux", True) else "micro_batch",
+        "aux_loss": config.get("aux_loss_alpha", 0.001),
+    }
     shape: dict[str, Any] = {**decoder(config), "head_dim": latent.nope_dim + latent.rope_dim}
     shape["num_query_groups"] = shape["num_heads"]  # every head has keys of its own, made from the one latent
-    return Architecture(**shape, latent=latent, experts=experts)
+    return Architecture(**shape, latent=latent, experts=Experts(**common, **experts))
 
 
 ATTENTION = (
