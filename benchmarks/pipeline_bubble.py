@@ -3,11 +3,12 @@
     python benchmarks/pipeline_bubble.py               a Llama of 25M parameters, 1F1B and chunks
     python benchmarks/pipeline_bubble.py --write       also into benchmarks/results/pipeline_bubble.md
 
-Every forward and backward of every stage is timed where Megatron's schedule calls it. Four bubbles are compared:
+Every forward and backward of every stage is timed where Megatron's schedule calls it. Five bubbles are compared:
 
 - closed form: (pp - 1) / (micro batches * vpp), all stages alike;
 - simulated from the mean time of a forward and of a backward of each chunk, as one would predict it;
-- simulated from the time that each single piece really took: what is left is the order of pieces, and the messages;
+- simulated from the time that each single piece really took;
+- simulated from these, the median time of a message and that of what the schedule does between two pieces;
 - measured, from the start of the first piece to the end of the last one.
 """
 
@@ -26,7 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from setting import LLAMA_25M, surround
 
-from mindspeed_core.device import Device
+from mindspeed_core.device import BACKENDS, Device
 from mindspeed_core.models.build import build_model
 from mindspeed_core.models.families import family_of
 from mindspeed_core.models.weights import load_weights, random_tensors
@@ -34,7 +35,7 @@ from mindspeed_core.optim.build import OptimConfig
 from mindspeed_core.parallel.data import wrap_data_parallel
 from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 from mindspeed_core.parallel.pipeline import Placement
-from mindspeed_core.parallel.schedule import Piece, Span, Timeline, pieces, simulate
+from mindspeed_core.parallel.schedule import Piece, Span, Timeline, needs, pieces, simulate
 from mindspeed_train.step import run_batch
 from mindspeed_train.tasks.task import token_loss
 
@@ -75,7 +76,7 @@ class _Timer:
 def rank_main(rank: int, folder: str, length: int, rounds: int) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group(BACKENDS["cpu"], init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = [_row(parallel, micro_batches, length, rounds) for _, parallel, micro_batches in ROWS]
     if rank == 0:
         torch.save(results, f"{folder}/results")
@@ -130,6 +131,22 @@ def _means(spans: list[Span]) -> dict[tuple[int, int, bool], float]:
     return {key: statistics.fmean(values) for key, values in times.items()}
 
 
+def _between(spans: list[Span], placement: Placement) -> tuple[float, float]:
+    """Return the median seconds of a message, and of the schedule's own work between two pieces of a stage.
+
+    A message is timed where the stage that got it had nothing else to wait for, the work where all messages had come.
+    """
+    ends = {span.piece: span.end for span in spans}
+    messages, calls, free = [], [], {}
+    for span in sorted(spans, key=lambda span: span.start):
+        stage = span.piece.stage
+        sent = max((ends[piece] for piece in needs(span.piece, placement) if piece.stage != stage), default=0.0)
+        before = free.get(stage, sent)
+        (messages if sent >= before else calls).append(span.start - max(sent, before))
+        free[stage] = span.end
+    return statistics.median(messages), statistics.median(calls)
+
+
 def report(name: str, parallel: dict[str, Any], micro_batches: int, rounds: list[list[Span]]) -> str:
     """Return a row of the table, of the shortest round: what else the machine did disturbed it least."""
     config = ParallelConfig(**parallel)
@@ -143,10 +160,15 @@ def report(name: str, parallel: dict[str, Any], micro_batches: int, rounds: list
 
     predicted = simulate(placement, micro_batches=micro_batches, seconds=mean)
     again = simulate(placement, micro_batches=micro_batches, seconds=took.__getitem__)
+    message, call = _between(list(real.spans), placement)
+    whole = simulate(
+        placement, micro_batches=micro_batches, seconds=took.__getitem__, transfer=message, after=lambda piece: call
+    )
+    bubble = whole.length * config.pp / sum(took.values()) - 1  # what lies between pieces is no computing
     closed = (config.pp - 1) / (micro_batches * config.vpp)
     return (
-        f"| {name} | {micro_batches} | {closed:.3f} | {predicted.bubble:.3f} | {again.bubble:.3f} | {real.bubble:.3f} "
-        f"| {real.length / again.length:.3f} |"
+        f"| {name} | {micro_batches} | {closed:.3f} | {predicted.bubble:.3f} | {again.bubble:.3f} | {1000 * message:.1f}, {1000 * call:.1f} "
+        f"| {bubble:.3f} | {real.bubble:.3f} | {real.length / whole.length:.3f} |"
     )
 
 
@@ -161,18 +183,18 @@ def main() -> None:
         torch.multiprocessing.spawn(rank_main, args=(folder, args.length, args.rounds), nprocs=2)
         results = torch.load(f"{folder}/results", weights_only=False)
     lines = [
-        "| schedule | micro batches | closed form | from mean times | from each time | measured | length: measured / from each time |",
-        "|---|---|---|---|---|---|---|",
+        "| schedule | micro batches | closed form | from mean times | from each time | ms of a message, between pieces | from all of them | measured | length: measured / simulated |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(report(*row, rounds) for row, rounds in zip(ROWS, results, strict=True)),
     ]
     print("\n".join(lines))
     if args.write:
         about = (
             f"`python benchmarks/pipeline_bubble.py --length {args.length} --rounds {args.rounds}`: a Llama of 25M parameters, "
-            f"fp32, two ranks on gloo, one thread each, {page.machine()}. Of each schedule the shortest round. The bubble is the time in which stages wait over "
+            f"fp32, two ranks, one thread each, {page.machine()}. Of each schedule the shortest round. The bubble is the time in which stages wait over "
             "the time in which they compute. The closed form takes all pieces for alike; here the last stage has the output "
-            "layer besides, which the simulation from mean times knows. Given the time of each piece, the simulator differs from "
-            "the run by the time of messages alone: order and dependencies are those of the run."
+            "layer besides, which the simulation from mean times knows. Given the time of each piece, of a message and of "
+            "what lies between two pieces, the simulator draws the run."
         )
         page.write("pipeline_bubble", "The bubble of the pipeline schedules", about, lines)
 

@@ -98,10 +98,10 @@ def simulate(
     while any(waiting):
         before = len(spans)
         for stage, own in enumerate(waiting):
-            while own and all(needed in ended for needed in _needs(own[0], placement)):
+            while own and all(needed in ended for needed in needs(own[0], placement)):
                 piece = own.pop(0)
                 ready = [
-                    ended[needed] + (transfer if needed.stage != stage else 0.0) for needed in _needs(piece, placement)
+                    ended[needed] + (transfer if needed.stage != stage else 0.0) for needed in needs(piece, placement)
                 ]
                 start = max([free[stage], *ready])
                 ended[piece] = start + seconds(piece)
@@ -111,7 +111,7 @@ def simulate(
     return Timeline(spans=spans)
 
 
-def _needs(piece: Piece, placement: Placement) -> list[Piece]:
+def needs(piece: Piece, placement: Placement) -> list[Piece]:
     """Return the pieces whose results a piece works on."""
     way = placement.chunks
     place = way.index((piece.stage, piece.chunk))
