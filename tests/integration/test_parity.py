@@ -23,6 +23,8 @@ RELATIVE = 1e-5
 OPTIM = {"lr": 1e-2, "min_lr": 1e-3, "warmup": 0, "eps": 1e-3}
 ALONE = tuple(layouts.alone())
 COMBINED = tuple(layouts.pairwise())
+WIDE = tuple(layouts.wide())
+MOST = 8  # ranks of those
 ALWAYS = 40  # combinations that every run of the tests takes: drawing begins with those in which most pairs meet
 
 
@@ -36,7 +38,7 @@ class Runs:
 
     def __init__(self, where: Path, folder: Path, wanted: Iterable[Choice]) -> None:
         self._where, self._folder = where, folder
-        self._waiting = {choice: layouts.ranks_of(choice) for choice in wanted}
+        self._waiting = {choice: layouts.ranks_of(choice, MOST) for choice in wanted}
         self._failed: dict[Choice, RankError] = {}
 
     def folder(self, choice: Choice) -> Path:
@@ -93,7 +95,7 @@ def done(where: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.
 
 def _rows() -> list[Any]:
     rows = []
-    for place, choice in enumerate((*ALONE, *COMBINED)):
+    for place, choice in enumerate((*ALONE, *COMBINED, *WIDE)):
         marks = [pytest.mark.slow] if place >= len(ALONE) + ALWAYS else []
         rows.append(pytest.param(choice, id=layouts.name_of(choice), marks=marks))
     return rows
@@ -133,6 +135,7 @@ def test_the_rows_are_drawn_from_what_the_rules_allow() -> None:
     assert len(COMBINED) >= 40
     assert len(set(ALONE) | set(COMBINED)) == len(ALONE) + len(COMBINED)
     assert tuple(layouts.pairwise()) == COMBINED
+    assert all(layouts.ranks_of(choice, MOST) for choice in WIDE)
     # any two options that may meet have met: what is missing is refused in each of these ways to try it
     pairs = {pair for choice in (*ALONE, *COMBINED) for pair in layouts.pairs(choice)}
     for pair in set(layouts.all_pairs()) - pairs:
