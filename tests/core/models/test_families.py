@@ -185,6 +185,21 @@ def test_preset_sizes_equal_the_published_parameter_counts():
         assert sum(torch.Size(shape).numel() for shape in shapes) == expected, name
 
 
+@pytest.mark.parametrize("name", ["llama3-8b", "qwen2.5-0.5b", "deepseek-v2-lite", "deepseek-v3", "mixtral-8x7b"])
+def test_the_products_of_a_layer_are_those_of_its_matrices(name: str):
+    config = preset(name)
+    family = family_of(config)
+    arch = family.architecture(config)
+    products = [0.0] * arch.num_layers
+    for placed in family.placed(arch):
+        chosen = 1 if arch.experts is None or placed.expert is None else arch.experts.top_k / arch.experts.count
+        matrices = [shape for shape in placed.row.hf_shapes(arch) if len(shape) == 2]
+        if placed.layer is not None and "router" not in placed.megatron:
+            products[placed.layer] += sum(torch.Size(shape).numel() for shape in matrices) * chosen
+    assert [arch.layer_products(i) for i in range(arch.num_layers)] == pytest.approx(products)
+    assert arch.head_products == arch.vocab_size * arch.hidden_size
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

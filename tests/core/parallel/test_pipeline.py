@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed_core.models.split import command_option, recipe_key
-from mindspeed_core.parallel.pipeline import Placement
+from mindspeed_core.parallel.pipeline import Placement, balanced
 
 
 @st.composite
@@ -131,3 +132,32 @@ def test_a_command_hears_of_its_own_options() -> None:
         .problems(command_option)[0]
         .startswith("--layers-per-stage 1,2: needs")
     )
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=7).flatmap(
+        lambda work: st.tuples(st.just(work), st.integers(0, 30), st.integers(1, len(work)))
+    )
+)
+def test_balanced_stages_have_as_little_work_as_any_cut_leaves_the_busiest(case: tuple[list[int], int, int]) -> None:
+    work, last, pp = case
+    count = len(work)
+
+    def busiest(counts: tuple[int, ...]) -> int:
+        ends = [0, *itertools.accumulate(counts)]
+        stages = [sum(work[start:stop]) for start, stop in itertools.pairwise(ends)]
+        return max(*stages[:-1], stages[-1] + last) if pp > 1 else stages[0] + last
+
+    found = balanced(work, last, pp)
+    assert len(found) == pp
+    assert sum(found) == count
+    assert min(found) >= 1
+    cuts = itertools.combinations(range(1, count), pp - 1)
+    every = [tuple(b - a for a, b in itertools.pairwise((0, *cut, count))) for cut in cuts]
+    assert busiest(found) == min(map(busiest, every))
+
+
+def test_alike_stages_are_as_even_as_can_be() -> None:
+    assert balanced([1.0] * 8, 0.0, 4) == (2, 2, 2, 2)
+    assert balanced([1.0] * 8, 4.0, 2) == (6, 2)
+    assert sorted(balanced([1.0] * 8, 0.0, 3)) == [2, 3, 3]

@@ -137,6 +137,26 @@ class Architecture:
         """True when the output layer has a tensor of its own."""
         return not self.tied
 
+    def layer_products(self, layer: int) -> int:
+        """Return the multiplications of weights that one token takes in a layer, counted from 0; scores are not among them."""
+        if self.latent is None:
+            attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_query_groups)
+        else:
+            latent, queries = self.latent, self.num_heads * self.head_dim
+            attention = self.hidden_size * (latent.rank + latent.rope_dim + self.num_heads * latent.value_dim)
+            attention += latent.rank * self.num_heads * (latent.nope_dim + latent.value_dim)
+            rank = latent.query_rank
+            attention += self.hidden_size * queries if rank is None else rank * (self.hidden_size + queries)
+        experts, width = self.experts, self.ffn_hidden_size
+        if experts is not None and experts.at(layer):
+            width = experts.top_k * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
+        return attention + 3 * self.hidden_size * width
+
+    @property
+    def head_products(self) -> int:
+        """Return those of the output layer."""
+        return self.hidden_size * self.vocab_size
+
     def dimension(self, letter: str) -> int:
         """Return the size that a letter of `Weight.dims` stands for."""
         sizes = {

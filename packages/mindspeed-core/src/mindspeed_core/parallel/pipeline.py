@@ -13,8 +13,9 @@ besides, or fills up a number of layers that the chunks do not divide. Nothing i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 # How a setting and its value are named to the user: `parallel.vpp=2` in a recipe, `--vpp 2` on a command line.
 Name = Callable[[str, object], str]
@@ -149,6 +150,32 @@ class Placement:
             f"{told}: needs a number of at least 1 for each of the pp={self.pp} stages, "
             f"{self.num_layers} together (num_hidden_layers)" + (f", as in {such}" if each else "; use fewer stages")
         ]
+
+
+def balanced(layers: Sequence[float], last: float, pp: int) -> tuple[int, ...]:
+    """Return how many layers each of `pp` stages holds so that the one with the most work has as little as can be.
+
+    Args:
+        layers: the work of each layer, in their order.
+        last: the work that the last stage has besides, of the output layer.
+    """
+    ends = [0.0, *accumulate(layers)]
+    # (the most work of a stage, sum of squares: of equals the most even, layers per stage) for the first i layers
+    best: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ())] + [None] * len(layers)
+    for stage in range(pp):
+        more = last if stage == pp - 1 else 0.0
+        found: list[tuple[float, float, tuple[int, ...]] | None] = [None] * len(ends)
+        for stop in range(stage + 1, len(ends)):
+            found[stop] = min(
+                (max(before[0], work), before[1] + work * work, (*before[2], stop - start))
+                for start in range(stop)
+                if (before := best[start]) is not None
+                for work in [ends[stop] - ends[start] + more]
+            )
+        best = found
+    whole = best[-1]
+    assert whole is not None, f"{pp} stages of {len(layers)} layers"
+    return whole[2]
 
 
 def micro_batch_group(pp: int, vpp: int) -> int:
