@@ -1,7 +1,7 @@
 """Recipes: what YAML and overrides become, and how every error is told."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +16,8 @@ class Parallel(Section):
     tp: int = Field(1, ge=1)
     sp: bool = False
     layers: list[int] | None = None
+    places: tuple[int, ...] = ()
+    ranks: Literal["all"] | list[Annotated[int, Field(ge=-1)]] = "all"
 
     @model_validator(mode="after")
     def check(self):
@@ -33,6 +35,7 @@ class Data(Section):
     train: str | dict[str, float]
     folder: Path | None = None
     name: str | None = None
+    split: str | list[float] | list[int] | None = None
 
 
 class Recipe(Section):
@@ -101,6 +104,22 @@ def test_overrides_are_yaml_and_win_over_the_file(recipe):
     assert recipe("data: {train: a}\nparallel:\n", "parallel.tp=2").parallel.tp == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("3,1", [3, 1]), ("3, 1", [3, 1]), ("'3,1'", [3, 1]), ("0", [0]), ("-1", [-1]), ("[2, 1]", [2, 1])],
+)
+def test_a_list_of_whole_numbers_may_be_written_with_commas(recipe, text, numbers):
+    assert recipe("data: {train: a}", f"parallel.layers={text}").parallel.layers == numbers
+    assert recipe(f"data: {{train: a}}\nparallel:\n  layers: {text}").parallel.layers == numbers
+    assert recipe(f"data: {{train: a}}\nparallel:\n  places: {text}").parallel.places == tuple(numbers)
+    assert recipe(f"data: {{train: a}}\nparallel:\n  ranks: {text}").parallel.ranks == numbers
+
+
+def test_what_may_be_text_stays_text(recipe):
+    assert recipe("data: {train: a, split: '9,1'}").data.split == "9,1"
+    assert recipe("data: {train: a}\nparallel: {ranks: all}").parallel.ranks == "all"
+
+
 def test_sections_of_other_commands_are_passed_over_by_name(recipe):
     assert recipe("data: {train: a}\nmodel: {anything: [1]}\ntrain: 3").data.train == "a"
 
@@ -145,6 +164,11 @@ def test_every_error_is_told_at_once_each_with_its_line_and_a_way_to_mend_it(rec
             "data: {train: a}\nparallel:\n  layers:\n  - 1\n  - b",
             'r.yaml:5: parallel.layers[1]: must be a whole number, not "b"',
         ),
+        (
+            "data: {train: a}\nparallel: {layers: '3,x'}",
+            'r.yaml:2: parallel.layers: must be a list, not "3,x"; write it in brackets: [3,x]',
+        ),
+        ("data: {train: a}\nparallel: {layers: true}", "r.yaml:2: parallel.layers: must be a whole number, not true"),
         (
             "data: {train: a}\nparallel: {sp: true}",
             "r.yaml:2: parallel.sp: needs tp of at least 2; set tp, or sp: false",

@@ -1,7 +1,8 @@
 """Recipes: YAML and `key=value` overrides become one frozen value, and every error is told at once.
 
 An error is one line, `FILE:LINE: dotted.key: what is wrong; how to mend it`. Numbers are numbers as people write them
-(`1e-4`), nothing else is guessed: `no` and `1:30` are text. Sections that a command does not read are named in `ignore`.
+(`1e-4`), nothing else is guessed: `no` and `1:30` are text. A list of whole numbers may be written as messages write it
+(`layers_per_stage=3,1`). Sections that a command does not read are named in `ignore`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,16 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_a_list(cls, value: Any, info: ValidationInfo) -> Any:
+        """Whole numbers with commas between, or a single one, are a list where nothing else fits."""
+        if info.field_name is None or not _lists_integers(cls.model_fields[info.field_name].annotation):
+            return value
+        if isinstance(value, str) and _NUMBERS.fullmatch(value):
+            return [int(number) for number in value.split(",")]
+        return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -360,7 +372,9 @@ def _hint(value: Any, kinds: Sequence[str]) -> str:
     if isinstance(value, str):
         choices = [choice for kind in kinds if kind.startswith("one of ") for choice in kind[7:].split(", ")]
         near = difflib.get_close_matches(value, choices, n=1)
-        return f"; did you mean {near[0]}?" if near else ""
+        if near:
+            return f"; did you mean {near[0]}?"
+        return f"; write it in brackets: [{value}]" if "," in value and "a list" in kinds else ""
     if isinstance(value, (int, float)) and set(kinds) <= {"text", "a path"}:
         return "; put it in quotes"
     return ""
@@ -436,6 +450,18 @@ def _leaves(annotation: Any) -> Iterator[Any]:
             yield from _leaves(argument)
     else:
         yield annotation
+
+
+_NUMBERS = re.compile(r"\s*[-+]?\d+\s*(?:,\s*[-+]?\d+\s*)*")
+
+
+def _lists_integers(annotation: Any) -> bool:
+    """True for `list[int] | None` and its like, which take no text and no single number themselves."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if union else (annotation,)
+    lists = [member for member in members if typing.get_origin(member) in (list, tuple)]
+    of_integers = any(int in _leaves(one) and not {str, float} & {*_leaves(one)} for one in lists)
+    return of_integers and not any(member in (str, int) for member in members)
 
 
 def _dotted(key: Key) -> str:
