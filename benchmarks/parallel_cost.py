@@ -8,7 +8,8 @@ Three sides take turns, step by step, each in processes of its own that live as 
 one rank, ours on two, and megatron-core's GPTModel, local layer spec, DDP and optimizer on two. The peer runs through
 the same device port (without it nothing of it runs on a CPU) but with none of our modules, kernels or optimizer, and
 its ranks talk through plain gloo. It has no CPU path for sequence and context parallelism; there the peer's column is
-empty. All sides train on the same number of tokens a step.
+empty. All sides train on the same number of tokens a step. The peer's stages have equally many layers, as they come, also
+where ours are balanced.
 
 The share of communication is the part of a step in which a rank's thread does not compute: it waits for its peer, or for
 bytes.
@@ -73,6 +74,8 @@ LAYOUTS = {
     "tp2 sp coc": Layout({"tp": 2, "sp": True, "collective_matmul": "coc", "coc_chunks": 2}, peer=False),
     "pp2": Layout({"pp": 2}, micro=1),
     "pp2 delayed": Layout({"pp": 2, "delay_weight_gradients": True}, micro=1),
+    "pp2 balanced": Layout({"pp": 2, "layers_per_stage": "balanced"}, micro=1),
+    "pp2 balanced delayed": Layout({"pp": 2, "layers_per_stage": "balanced", "delay_weight_gradients": True}, micro=1),
     "pp2 vpp2": Layout({"pp": 2, "vpp": 2}, micro=1, peer=False),
     "cp2 ring": Layout({"cp": 2}, peer=False),
     "cp2 ulysses": Layout({"cp": 2, "cp_algorithm": "ulysses"}, peer=False),

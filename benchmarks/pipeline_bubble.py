@@ -43,7 +43,7 @@ MODEL = {"architectures": ["LlamaForCausalLM"], **LLAMA_25M}
 ROWS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("1F1B", {"pp": 2}, 2),
     ("1F1B", {"pp": 2}, 8),
-    ("1F1B, 5 + 3 layers", {"pp": 2, "layers_per_stage": [5, 3]}, 8),
+    ("1F1B, balanced", {"pp": 2, "layers_per_stage": "balanced"}, 8),
     ("2 chunks", {"pp": 2, "vpp": 2}, 2),
     ("2 chunks", {"pp": 2, "vpp": 2}, 8),
     ("4 chunks", {"pp": 2, "vpp": 4}, 8),
@@ -150,7 +150,7 @@ def _between(spans: list[Span], placement: Placement) -> tuple[float, float]:
 def report(name: str, parallel: dict[str, Any], micro_batches: int, rounds: list[list[Span]]) -> str:
     """Return a row of the table, of the shortest round: what else the machine did disturbed it least."""
     config = ParallelConfig(**parallel)
-    placement: Placement = config.placement(MODEL["num_hidden_layers"])
+    placement: Placement = config.placement(family_of(MODEL).architecture(MODEL))
     real = min((Timeline(spans=spans) for spans in rounds), key=lambda timeline: timeline.length)
     means = _means(list(real.spans))
     took = {span.piece: span.end - span.start for span in real.spans}

@@ -100,7 +100,14 @@ WIDE: tuple[dict[str, str], ...] = (
     {"model": "mixtral", "context": "hybrid4", "experts": "ep2", "copies": "dp2", "optimizer": "overlap"},
     {"data": "chat", "tensor": "tp2", "pipeline": "pp4"},
     {"pipeline": "pp4", "copies": "dp2", "optimizer": "distributed", "memory": "norm-act"},
-    {"model": "deepseek2", "tensor": "sp2", "pipeline": "pp2", "experts": "ep2", "copies": "dp2", "optimizer": "reduce"},
+    {
+        "model": "deepseek2",
+        "tensor": "sp2",
+        "pipeline": "pp2",
+        "experts": "ep2",
+        "copies": "dp2",
+        "optimizer": "reduce",
+    },
 )
 PLAIN: Choice = ("-",) * len(AXES)
 SPLITS = ("tensor", "pipeline", "context", "experts", "copies")  # the axes that decide how many ranks there are

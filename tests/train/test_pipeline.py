@@ -17,7 +17,7 @@ MODEL: dict[str, Any] = {
     "intermediate_size": 48,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 64,
+    "vocab_size": 500,  # the output layer has the work of two layers
     "initializer_range": 0.2,
 }
 MICRO_BATCHES = 8  # enough for a steady state: with few, no activation meets a gradient
@@ -72,6 +72,18 @@ def test_chunks_compute_what_one_process_computes(parallel: dict[str, Any], leng
     (one,) = _alone(lengths, True)
     for found in run_ranks(_step, 2, parallel, {}, lengths, True):
         assert found == pytest.approx(one, rel=1e-5)
+
+
+def test_balanced_stages_compute_what_one_process_computes() -> None:
+    from mindspeed_core.models.families import family_of
+    from mindspeed_core.parallel.mesh import ParallelConfig
+
+    parallel = ParallelConfig(pp=2, layers_per_stage="balanced")
+    arch = family_of(MODEL).architecture(MODEL)
+    assert [len(parallel.placement(arch).layers(stage)) for stage in (0, 1)] == [3, 1]
+    lengths = [24] * 4
+    found = run_ranks(_step, 2, {"pp": 2, "layers_per_stage": "balanced"}, {}, lengths, True)
+    assert found == [pytest.approx(_alone(lengths, True)[0], rel=1e-5)] * 2
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3, 8])

@@ -204,6 +204,7 @@ def test_what_a_ring_does_not_attend_is_told_with_what_does(keys: dict[str, Any]
                                                                "out, or use ring or hybrid"),
         ({"cp": 2, "cp_algorithm": "ulysses", "cp_overlap": True}, "cp_overlap: .*, and cp_algorithm=ulysses makes none"),
         ({"cp_overlap": True}, "cp_overlap: .*, and cp=1 makes none; leave it out, or set cp"),
+        ({"pp": 2, "vpp": 2, "layers_per_stage": "balanced"}, "layers_per_stage=balanced: chooses the layers of whole stages, which vpp=2 cuts"),
         ({"tp": 2, "coc_chunks": 2}, "coc_chunks: 2 is for collective_matmul=coc, not none; set collective_matmul, or leave"),
         ({"tp": 2, "collective_matmul": "mc2", "coc_chunks": 8}, "coc_chunks: 8 is for collective_matmul=coc, not mc2"),
     ],

@@ -128,14 +128,13 @@ def _layers_have_places(case: Case) -> str | None:
 
 
 def _misplaced(case: Case) -> list[str]:
-    return case.recipe.parallel.placement(_architecture(case).num_layers).problems(recipe_key)
+    return case.recipe.parallel.placement(_architecture(case)).problems(recipe_key)
 
 
 def _memory_has_layers(case: Case) -> str | None:
-    parallel, layers = case.recipe.parallel, _architecture(case).num_layers
     if _misplaced(case):
         return None
-    placement = parallel.placement(layers)
+    placement = case.recipe.parallel.placement(_architecture(case))
     stages = [[len(placement.layers(stage, chunk)) for chunk in range(placement.vpp)] for stage in range(placement.pp)]
     return "\n".join(case.recipe.memory.problems(stages)) or None
 

@@ -25,7 +25,7 @@ def check(arch: Architecture, parallel: ParallelConfig) -> list[str]:
     problems = split_problems(
         arch,
         tp=parallel.tp,
-        placement=parallel.placement(arch.num_layers),
+        placement=parallel.placement(arch),
         name=recipe_key,
         ep=parallel.ep,
         etp=parallel.etp,
@@ -117,7 +117,7 @@ def transformer_config(
         "persist_layer_norm": False,
     }
     if parallel.pp > 1:
-        fields["pipeline_model_parallel_layout"] = _megatron_layout(parallel.placement(arch.num_layers))
+        fields["pipeline_model_parallel_layout"] = _megatron_layout(parallel.placement(arch))
     if parallel.vpp > 1:
         fields |= {
             "virtual_pipeline_model_parallel_size": parallel.vpp,
@@ -168,7 +168,7 @@ def build_model(
         mesh.config.collective_matmul, mesh.device.type, chunks=mesh.config.coc_chunks, product=kernels.matmul
     )
     kernels = dataclasses.replace(kernels, collectives=side)
-    placement, stage = mesh.config.placement(arch.num_layers), mesh.pp.rank
+    placement, stage = mesh.config.placement(arch), mesh.pp.rank
     chunks = [
         LanguageModel(
             config,

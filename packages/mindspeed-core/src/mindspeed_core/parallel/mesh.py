@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -14,8 +14,11 @@ from pydantic import Field, model_validator
 from mindspeed_core import launch, megatron
 from mindspeed_core.device import Device
 from mindspeed_core.errors import InputError
-from mindspeed_core.parallel.pipeline import Placement
+from mindspeed_core.parallel.pipeline import Placement, balanced
 from mindspeed_core.recipe import Section
+
+if TYPE_CHECKING:
+    from mindspeed_core.models.family import Architecture
 
 
 class ParallelConfig(Section):
@@ -29,7 +32,8 @@ class ParallelConfig(Section):
     coc_chunks: Literal[1, 2, 4, 8] = 4  # the pieces of coc
     vpp: int = Field(1, ge=1)  # chunks of layers per stage: a smaller bubble for more messages
     delay_weight_gradients: bool = False  # they are made while the gradient that the stage before waits for travels
-    layers_per_stage: tuple[int, ...] | None = None  # by default as equal as can be, the first ones one more
+    # layers of each stage; balanced: by their work and that of the output layer; null: as equal as can be
+    layers_per_stage: tuple[int, ...] | Literal["balanced"] | None = None
     noop_layers: tuple[int, ...] = ()  # places that compute nothing, counted from 0 with the layers
     cp: int = Field(1, ge=1)  # context: every sequence is cut over cp ranks
     # keys go round; heads are dealt; heads are dealt within and keys go round between
@@ -64,6 +68,16 @@ class ParallelConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @model_validator(mode="after")
+    def _balance_is_of_stages(self) -> ParallelConfig:
+        if self.layers_per_stage == "balanced" and (self.vpp > 1 or self.noop_layers):
+            other = f"vpp={self.vpp}" if self.vpp > 1 else "noop_layers"
+            raise ValueError(
+                f"layers_per_stage=balanced: chooses the layers of whole stages, which {other} cuts otherwise; "
+                "leave one of them out"
+            )
+        return self
+
     @property
     def ulysses_size(self) -> int:
         """How many ranks deal the heads of a sequence among them."""
@@ -84,13 +98,17 @@ class ParallelConfig(Section):
         """How many ranks hold one copy of the model."""
         return self.tp * self.pp * self.cp
 
-    def placement(self, num_layers: int) -> Placement:
+    def placement(self, arch: Architecture) -> Placement:
         """Return where the layers of a model lie."""
+        counts = self.layers_per_stage
+        if counts == "balanced":  # more stages than layers are told of as without it
+            work = [arch.layer_products(layer) for layer in range(arch.num_layers)]
+            counts = balanced(work, arch.head_products, self.pp) if self.pp <= arch.num_layers else None
         return Placement(
-            num_layers=num_layers,
+            num_layers=arch.num_layers,
             pp=self.pp,
             vpp=self.vpp,
-            layers_per_stage=self.layers_per_stage,
+            layers_per_stage=counts,
             noop_layers=tuple(sorted(self.noop_layers)),
         )
 

@@ -160,22 +160,28 @@ def balanced(layers: Sequence[float], last: float, pp: int) -> tuple[int, ...]:
         last: the work that the last stage has besides, of the output layer.
     """
     ends = [0.0, *accumulate(layers)]
-    # (the most work of a stage, sum of squares: of equals the most even, layers per stage) for the first i layers
-    best: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ())] + [None] * len(layers)
+    best: dict[int, _Cut] = {0: (0.0, 0.0, ())}  # of the first layers: for how many of them, the best cut so far
     for stage in range(pp):
         more = last if stage == pp - 1 else 0.0
-        found: list[tuple[float, float, tuple[int, ...]] | None] = [None] * len(ends)
-        for stop in range(stage + 1, len(ends)):
-            found[stop] = min(
-                (max(before[0], work), before[1] + work * work, (*before[2], stop - start))
-                for start in range(stop)
-                if (before := best[start]) is not None
-                for work in [ends[stop] - ends[start] + more]
+        best = {
+            stop: min(
+                _grown(cut, stop - start, ends[stop] - ends[start] + more)
+                for start, cut in best.items()
+                if start < stop
             )
-        best = found
-    whole = best[-1]
-    assert whole is not None, f"{pp} stages of {len(layers)} layers"
-    return whole[2]
+            for stop in range(stage + 1, len(ends))
+        }
+    return best[len(layers)][2]
+
+
+# the work of the busiest stage; the sum of squares, which is least where stages are even; the layers of each stage
+_Cut = tuple[float, float, tuple[int, ...]]
+
+
+def _grown(cut: _Cut, count: int, work: float) -> _Cut:
+    """Return a cut with one more stage of so many layers and so much work."""
+    busiest, squares, counts = cut
+    return max(busiest, work), squares + work * work, (*counts, count)
 
 
 def micro_batch_group(pp: int, vpp: int) -> int:
