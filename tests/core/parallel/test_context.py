@@ -151,7 +151,7 @@ def test_the_ring_beside_tensor_parallelism_is_the_context_group() -> None:
         ({"cp": 3}, 36, None),
         ({"cp": 4, "cp_algorithm": "ulysses"}, 36, None),
         ({"cp": 4, "cp_algorithm": "ulysses"}, 34, "parallel.cp=4 (ulysses) needs a multiple of 4 and does not divide "
-                                                   "data.seq_length=34; use a length of 32 or 36, or cp=1 or 2"),
+                                                   "data.seq_length=34; use a length of 32 or 36, or cp=2"),
         ({"cp": 4, "cp_algorithm": "hybrid", "ulysses": 2}, 36, None),
         ({"cp": 6, "cp_algorithm": "hybrid", "ulysses": 3}, 18, "parallel.cp=6 (hybrid) needs a multiple of 12 and does not "
                                                                 "divide data.seq_length=18; use a length of 12 or 24"),
@@ -168,10 +168,10 @@ def test_a_length_that_cannot_be_cut_is_told_with_those_that_can(
 
 def test_heads_that_cannot_be_dealt_are_told_with_the_ranks_that_can() -> None:
     assert context.head_problems(ParallelConfig(cp=3, cp_algorithm="ulysses", tp=2), 8) == [
-        "parallel.cp=3 with parallel.tp=2 does not divide num_attention_heads=8; use 1 or 2 or 4"
+        "parallel.cp=3 with parallel.tp=2 does not divide num_attention_heads=8; use 2 or 4"
     ]
     assert context.head_problems(ParallelConfig(cp=6, cp_algorithm="hybrid", ulysses=3), 8) == [
-        "parallel.ulysses=3 with parallel.tp=1 does not divide num_attention_heads=8; use 1 or 2 or 4 or 8"
+        "parallel.ulysses=3 with parallel.tp=1 does not divide num_attention_heads=8; use 2 or 4 or 8"
     ]
     assert context.head_problems(ParallelConfig(cp=3), 8) == []
 
@@ -195,9 +195,24 @@ def test_what_a_ring_does_not_attend_is_told_with_what_does(keys: dict[str, Any]
         ({"cp": 3, "cp_algorithm": "hybrid", "ulysses": 3}, "use cp_algorithm ring or ulysses, or cp=4"),
         ({"cp": 6, "cp_window": 4}, "cp_window: 4 does not divide the ring of 6; use 1 or 2 or 3 or 6"),
         ({"cp": 4, "cp_algorithm": "hybrid", "ulysses": 2, "cp_window": 4}, "the ring of 2; use 1 or 2"),
-        ({"cp": 2, "cp_algorithm": "ulysses", "cp_overlap": True}, "cp_overlap: is for a ring of at least 2 ranks"),
+        ({"cp": 4, "cp_algorithm": "hybrid"}, "ulysses: hybrid needs it: how many of the cp=4 ranks deal heads, .*; use 2 "),
+        ({"cp": 3, "cp_algorithm": "hybrid"}, "ulysses: hybrid needs it: .*; use cp_algorithm ring or ulysses, or cp=4"),
+        ({"cp_algorithm": "hybrid", "ulysses": 2}, "cp_algorithm: hybrid cuts sequences over cp ranks, and cp=1; set cp"),
+        ({"cp_algorithm": "ulysses"}, "cp_algorithm: ulysses cuts sequences over cp ranks, and cp=1; set cp, or leave it out"),
+        ({"cp_window": 2}, "cp_window: is of a ring of at least 2 ranks, and cp=1 makes none; leave it out, or set cp"),
+        ({"cp": 2, "cp_algorithm": "ulysses", "cp_window": 2}, "cp_window: .*, and cp_algorithm=ulysses makes none; leave it "
+                                                               "out, or use ring or hybrid"),
+        ({"cp": 2, "cp_algorithm": "ulysses", "cp_overlap": True}, "cp_overlap: .*, and cp_algorithm=ulysses makes none"),
+        ({"cp_overlap": True}, "cp_overlap: .*, and cp=1 makes none; leave it out, or set cp"),
+        ({"tp": 2, "coc_chunks": 2}, "coc_chunks: 2 is for collective_matmul=coc, not none; set collective_matmul, or leave"),
+        ({"tp": 2, "collective_matmul": "mc2", "coc_chunks": 8}, "coc_chunks: 8 is for collective_matmul=coc, not mc2"),
     ],
 )  # fmt: skip
 def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         ParallelConfig(**keys)
+
+
+def test_all_keys_that_do_not_go_together_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"(?s)etp=2: .*coc_chunks: 2 .*cp_window: .*cp_overlap: "):
+        ParallelConfig(tp=4, etp=2, coc_chunks=2, cp_window=2, cp_overlap=True)

@@ -160,7 +160,7 @@ def length_problems(config: ParallelConfig, length: int) -> list[str]:
         return []
     fitting = [
         str(cp)
-        for cp in range(1, 2 * config.cp)
+        for cp in range(1 if config.cp_algorithm == "ring" else 2, 2 * config.cp)
         if config.cp_algorithm != "hybrid" and length % length_multiple(config.model_copy(update={"cp": cp})) == 0
     ]
     near = sorted({max(multiple, length // multiple * multiple), (length // multiple + 1) * multiple})
@@ -177,7 +177,7 @@ def head_problems(config: ParallelConfig, num_heads: int) -> list[str]:
     if config.ulysses_size == 1 or num_heads % ranks == 0:
         return []
     key = "parallel.cp" if config.cp_algorithm == "ulysses" else "parallel.ulysses"
-    fitting = [str(n) for n in range(1, num_heads // config.tp + 1) if num_heads % (n * config.tp) == 0]
+    fitting = [str(n) for n in range(2, num_heads // config.tp + 1) if num_heads % (n * config.tp) == 0]
     return [
         f"{key}={config.ulysses_size} with parallel.tp={config.tp} does not divide num_attention_heads={num_heads}; "
         f"use {' or '.join(fitting) or 'a smaller parallel.tp'}"

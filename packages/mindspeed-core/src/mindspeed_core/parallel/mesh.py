@@ -41,16 +41,18 @@ class ParallelConfig(Section):
     etp: int | None = Field(None, ge=1)  # tensor parallel degree of one expert: tp (the default), or 1
 
     @model_validator(mode="after")
-    def _experts_agree(self) -> ParallelConfig:
+    def _agrees(self) -> ParallelConfig:
+        problems = []
         if self.etp not in (None, 1, self.tp):
-            raise ValueError(
+            problems.append(
                 f"etp={self.etp}: an expert is cut over all of tp={self.tp} or not at all; use {self.tp} or 1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _context_agrees(self) -> ParallelConfig:
-        problems = context_problems(self)
+        chunks, product = self.coc_chunks, self.collective_matmul
+        if product != "coc" and chunks != ParallelConfig.model_fields["coc_chunks"].default:
+            problems.append(
+                f"coc_chunks: {chunks} is for collective_matmul=coc, not {product}; set collective_matmul, or leave it out"
+            )
+        problems += context_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -114,25 +116,36 @@ class ParallelConfig(Section):
 
 def context_problems(config: ParallelConfig) -> list[str]:
     """Return what is wrong with the keys that cut sequences."""
-    cp, ulysses, window = config.cp, config.ulysses, config.cp_window
+    cp, algorithm, ulysses, window = config.cp, config.cp_algorithm, config.ulysses, config.cp_window
     problems = []
-    if config.cp_algorithm != "hybrid" and ulysses != 1:
-        problems.append(f"ulysses: {ulysses} is for cp_algorithm=hybrid, not {config.cp_algorithm}; leave it out")
-    if config.cp_algorithm == "hybrid" and (cp % ulysses or not 1 < ulysses < cp):
+    if algorithm != "hybrid" and ulysses != 1:
+        problems.append(f"ulysses: {ulysses} is for cp_algorithm=hybrid, not {algorithm}; leave it out")
+    elif cp == 1 and algorithm != "ring":
+        problems.append(f"cp_algorithm: {algorithm} cuts sequences over cp ranks, and cp=1; set cp, or leave it out")
+    elif algorithm == "hybrid" and (cp % ulysses or not 1 < ulysses < cp):
         fitting = [str(n) for n in range(2, cp) if cp % n == 0]
-        problems.append(
-            f"ulysses: {ulysses} does not divide cp={cp} into a ring of at least 2; "
-            + (f"use {' or '.join(fitting)}" if fitting else "use cp_algorithm ring or ulysses, or cp=4")
+        what = (
+            f"hybrid needs it: how many of the cp={cp} ranks deal heads, which form a ring of at least 2 groups"
+            if ulysses == 1
+            else f"{ulysses} does not divide cp={cp} into a ring of at least 2"
         )
+        mend = f"use {' or '.join(fitting)}" if fitting else "use cp_algorithm ring or ulysses, or cp=4"
+        problems.append(f"ulysses: {what}; {mend}")
     if problems:
         return problems
+    if config.ring_size == 1:
+        none, mend = ("cp=1", "set cp") if cp == 1 else (f"cp_algorithm={algorithm}", "use ring or hybrid")
+        asked = {"cp_window": window > 1, "cp_overlap": config.cp_overlap}
+        return [
+            f"{name}: is of a ring of at least 2 ranks, and {none} makes none; leave it out, or {mend}"
+            for name, wanted in asked.items()
+            if wanted
+        ]
     if config.ring_size % window:
         fitting = [str(n) for n in range(1, config.ring_size + 1) if config.ring_size % n == 0]
         problems.append(
             f"cp_window: {window} does not divide the ring of {config.ring_size}; use {' or '.join(fitting)}"
         )
-    if config.cp_overlap and config.ring_size == 1:
-        problems.append("cp_overlap: is for a ring of at least 2 ranks; leave it out, or set cp")
     return problems
 
 
