@@ -17,6 +17,7 @@ from mindspeed_train.tasks import TASKS
 from tests.tiny import tiny_tokenizer
 from tests.train import runs
 
+MIXTRAL: dict[str, Any] = {**runs.SIZES, "preset": "mixtral-8x7b", "num_local_experts": 4}
 GONE: Any = object()  # a key that the recipe lacks
 
 
@@ -105,6 +106,11 @@ def _told(recipe: dict[str, Any], folder: Path, task: str, overrides: list[str],
         ({"parallel": {"pp": 2, "dp": 2, "delay_weight_gradients": True}, "optim": {"overlap_grad_reduce": True}}, "parallel.delay_weight_gradients: a sum of optim.overlap_grad_reduce begins before they are made; leave one of them out"),
         ({"parallel": {"pp": 2, "delay_weight_gradients": True}, "optim": {"fused_accumulation": False}}, "parallel.delay_weight_gradients: makes and adds them in one, which is optim.fused_accumulation; leave one of them out"),
         ({"parallel": {"pp": 2, "delay_weight_gradients": True}, "kernels": {"matmul": "reference"}}, "parallel.delay_weight_gradients: is of the products of CPUs and NPUs; leave it out, and kernels.matmul at auto"),
+        ({"parallel": {"etp": 1}}, "parallel.etp=1: the model has no experts; leave it out"),
+        ({"parallel": {"ep": 2}}, "parallel.ep=2: the model has no experts; use 1"),
+        ({"model": MIXTRAL, "parallel": {"ep": 3}}, "parallel.ep=3 does not divide the 4 experts of a layer; use 1 or 2 or 4"),
+        ({"model": MIXTRAL, "parallel": {"ep": 3}, "batch": {"global": 12}}, "parallel.ep=3 does not divide the 4 experts of a layer; use 1 or 2 or 4"),
+        ({"model": {**MIXTRAL, "intermediate_size": 9}, "parallel": {"tp": 2, "sp": True}}, "parallel.tp=2 does not divide the width of an expert, 9; use 1 or 3 or 9"),
         ({"lora": {"rank": 4}}, "lora: this version cannot do that yet; leave it out"),
         ({"checkpoint": {"asynchronous": True}}, "checkpoint.asynchronous: this version cannot do that yet; leave it out"),
         ({"checkpoint": {"folder": "WHERE/tokenizer/tokenizer.json"}}, "checkpoint.folder=WHERE/tokenizer/tokenizer.json: WHERE/tokenizer/tokenizer.json is a file; name a folder"),
@@ -126,7 +132,7 @@ def test_a_recipe_that_cannot_run_is_told_in_one_line(
     recipe = {name: section for name, section in recipe.items() if section is not GONE}
     recipe = json.loads(json.dumps(recipe).replace("WHERE", str(where)))
     parallel = recipe.get("parallel", {})
-    world = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("dp", 1)
+    world = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("dp", parallel.get("ep", 1))
     told = _told(recipe, tmp_path, "pretrain", [], world)
     assert len(told) == 1
     assert told[0].startswith(line.replace("WHERE", str(where)))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mindspeed_core.errors import InputError
+from mindspeed_core.models.split import dealing_problems, recipe_key
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data import sidecar
 from mindspeed_train import rules
@@ -18,16 +19,21 @@ def check(recipe: Recipe, task: Task, *, world_size: int, device: str | None = N
     """Raise one InputError with a line for everything that would stop the run on `device` (npu, cuda, cpu)."""
     problems: list[str] = []
 
-    def hold(rule: Callable[[], object]) -> None:
+    def hold(rule: Callable[[], object]) -> bool:
         try:
             rule()
         except InputError as error:
             problems.extend(str(error).splitlines())
+            return False
+        return True
 
-    hold(lambda: recipe.parallel.check(world_size))
-    dp = None if problems else world_size // recipe.parallel.model_ranks
     found: list[Model] = []
     hold(lambda: found.append(find_model(recipe)))
+    # As many copies are started as `ep` needs: where the model refuses it, their number says nothing.
+    dealt = not found or not dealing_problems(found[0].arch, ep=recipe.parallel.ep, name=recipe_key)
+    parallel = recipe.parallel if dealt else recipe.parallel.model_copy(update={"ep": 1})
+    formed = hold(lambda: parallel.check(world_size))
+    dp = world_size // parallel.model_ranks if dealt and formed else None
     case = rules.Case(recipe=recipe, dp=dp, device=device)
     prefixes = [prefix for name in ("train", "valid") for prefix in task.prefixes(getattr(recipe.data, name))]
     if found:

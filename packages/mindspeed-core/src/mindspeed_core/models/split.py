@@ -32,21 +32,23 @@ def split_problems(
     for what, size in widths:
         if size % tp:
             found.append(f"{name('tp', tp)} does not divide {what}={size}; use {_divisors(size)}")
-    return found + _expert_problems(arch, ep=ep, etp=tp if etp is None else etp, name=name) + placement.problems(name)
+    if arch.experts is not None and arch.experts.ffn_hidden_size % (etp or tp):
+        told = name("tp", tp) if etp is None else name("etp", etp)  # where only tp was written it cuts the experts too
+        width = arch.experts.ffn_hidden_size
+        found.append(f"{told} does not divide the width of an expert, {width}; use {_divisors(width)}")
+    if arch.experts is None and etp is not None:
+        found.append(f"{name('etp', etp)}: the model has no experts; leave it out")
+    return found + dealing_problems(arch, ep=ep, name=name) + placement.problems(name)
 
 
-def _expert_problems(arch: Architecture, *, ep: int, etp: int, name: Name) -> list[str]:
+def dealing_problems(arch: Architecture, *, ep: int, name: Name) -> list[str]:
+    """Return what keeps the experts of a layer from being dealt to so many ranks."""
     if arch.experts is None:
         return [f"{name('ep', ep)}: the model has no experts; use 1"] if ep > 1 else []
-    found = []
-    if arch.experts.count % ep:
-        found.append(
-            f"{name('ep', ep)} does not divide the {arch.experts.count} experts of a layer; use {_divisors(arch.experts.count)}"
-        )
-    if arch.experts.ffn_hidden_size % etp:
-        width = arch.experts.ffn_hidden_size
-        found.append(f"{name('etp', etp)} does not divide the width of an expert, {width}; use {_divisors(width)}")
-    return found
+    count = arch.experts.count
+    if count % ep == 0:
+        return []
+    return [f"{name('ep', ep)} does not divide the {count} experts of a layer; use {_divisors(count)}"]
 
 
 def _divisors(size: int) -> str:
