@@ -269,6 +269,22 @@ def test_which_layers_have_experts_is_a_function_of_their_number():
         ({"router": "sparsemixer"}, {"top_k": 3}, "chooses 2 experts, the model 3"),
         ({"overlap": True}, {}, "experts.overlap: needs shared experts"),
         ({"pad_to_capacity": True}, {}, "set experts.capacity_factor too"),
+        (
+            {"pad_to_capacity": True, "capacity_factor": 1.0, "dispatcher": "allgather"},
+            {},
+            "experts.pad_to_capacity: allgather sends no rows to pad; leave it out, or use dispatcher=alltoall",
+        ),
+        (
+            {"drop": "position"},
+            {},
+            "experts.drop=position: without a capacity nothing is dropped; set experts.capacity",
+        ),
+        (
+            {"bias_update_rate": 1e-3},
+            {},
+            "experts.bias_update_rate: moves the bias of noaux_tc, and router=aux_loss has none",
+        ),
+        ({"router": "group_limited_greedy"}, {}, "chooses groups first, the model has none; use softmax_topk"),
         ({"capacity_factor": 1.0}, {"router": "noaux_tc", "bias": True}, "which router=noaux_tc does not expect"),
     ],
 )
@@ -276,6 +292,20 @@ def test_a_section_that_does_not_fit_the_model_is_refused(section: dict[str, Any
     (line,) = ExpertsConfig(**section).problems(_architecture(**more))
     assert message in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("section", "more"),
+    [
+        ({"pad_to_capacity": True, "capacity_factor": 1.0}, {}),
+        ({"drop": "position", "capacity_factor": 1.0, "dispatcher": "allgather"}, {}),
+        ({"bias_update_rate": 1e-3}, {"router": "noaux_tc", "bias": True}),
+        ({"router": "group_limited_greedy"}, {"groups": 4, "topk_groups": 2}),
+        ({}, {"router": "group_limited_greedy"}),  # a model's own, with all experts in one group
+    ],
+)
+def test_a_section_that_fits_the_model_is_taken(section: dict[str, Any], more: dict[str, Any]):
+    assert ExpertsConfig(**section).problems(_architecture(**more)) == []
 
 
 def test_a_dense_model_takes_no_section():

@@ -59,6 +59,12 @@ class ExpertsConfig(Section):
             found.append("experts.router=noaux_tc: needs a bias of each expert, which this model lacks; use aux_loss")
         if experts.router == "sparsemixer" and experts.top_k != 2:
             found.append(f"experts.router=sparsemixer: chooses 2 experts, the model {experts.top_k}; use softmax_topk")
+        if self.router == "group_limited_greedy" and experts.groups == 1:
+            found.append(f"experts.router={self.router}: chooses groups first, the model has none; use softmax_topk")
+        if self.bias_update_rate is not None and experts.router != "noaux_tc":
+            found.append(
+                f"experts.bias_update_rate: moves the bias of noaux_tc, and router={experts.router} has none; leave it out"
+            )
         for name in ("device_loss", "communication_loss"):
             if getattr(self, name) and experts.groups == 1:
                 found.append(f"experts.{name}: balances groups of experts, and this model has none; leave it out")
@@ -68,6 +74,14 @@ class ExpertsConfig(Section):
             )
         if self.pad_to_capacity and self.capacity_factor is None:
             found.append("experts.pad_to_capacity: needs a capacity; set experts.capacity_factor too")
+        if self.pad_to_capacity and self.dispatcher == "allgather":
+            found.append(
+                "experts.pad_to_capacity: allgather sends no rows to pad; leave it out, or use dispatcher=alltoall"
+            )
+        if self.drop != "probs" and self.capacity_factor is None:
+            found.append(
+                f"experts.drop={self.drop}: without a capacity nothing is dropped; set experts.capacity_factor too"
+            )
         if self.capacity_factor is not None and experts.router not in ("aux_loss", "softmax_topk"):
             found.append(
                 f"experts.capacity_factor: drops tokens, which router={experts.router} does not expect; leave it out"
