@@ -46,7 +46,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "optim": {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
     },
     "fused accumulation": {"optim": {"fused_accumulation": True}},
-    "recompute full": {"memory": {"recompute": "full"}},
+    "recompute full": {"memory": {"recompute": "full", "recompute_layers": 1}},
     "recompute selective": {"memory": {"recompute": "selective"}},
     "recompute norm": {"memory": {"recompute_norm": True}},
     "recompute activation": {"memory": {"recompute_activation": True}},

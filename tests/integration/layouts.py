@@ -84,6 +84,7 @@ AXES: dict[str, dict[str, Sections]] = {
         "-": {},
         "full": {"memory": {"recompute": "full", "recompute_layers": 1}},
         "uniform": {"memory": {"recompute": "full", "recompute_method": "uniform", "recompute_layers": 2}},
+        "uniform-each": {"memory": {"recompute": "full", "recompute_method": "uniform"}},
         "selective": {"memory": {"recompute": "selective"}},
         "norm-act": {"memory": {"recompute_norm": True, "recompute_activation": True}},
         "swap": {"memory": {"swap_attention": True}},

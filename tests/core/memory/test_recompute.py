@@ -115,8 +115,64 @@ def test_groups_end_with_the_chunk() -> None:
             {"recompute": "full", "recompute_method": "uniform", "recompute_norm": True},
             "recompute_norm: uniform recomputes every layer whole; use recompute_method: block",
         ),
+        (
+            {"recompute": "full", "swap_attention": True},
+            "swap_attention: recompute: full takes every layer whole; set recompute_layers too, or leave it out",
+        ),
+        ({"recompute": "full", "recompute_norm": 2}, "recompute_norm: recompute: full takes every layer whole"),
     ],
 )
 def test_what_makes_no_sense_is_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         MemoryConfig(**values)
+
+
+FOUR, CHUNKS, NOOPS = [[4]], [[1, 1], [1, 1]], [[1, 2], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("values", "stages", "line"),
+    [
+        ({"recompute": "full"}, FOUR, None),
+        ({"recompute": "full", "recompute_layers": 4}, FOUR, None),
+        (
+            {"recompute": "full", "recompute_layers": 99},
+            FOUR,
+            "memory.recompute_layers=99: a pipeline chunk has at most 4 layers; use at most 4, or leave it out",
+        ),
+        (
+            {"recompute": "full", "recompute_method": "uniform", "recompute_layers": 2},
+            CHUNKS,
+            "memory.recompute_layers=2: a pipeline chunk has at most 1 layer; use at most 1, or leave it out",
+        ),
+        ({"recompute": "full", "recompute_layers": 2}, NOOPS, None),
+        ({"recompute": "full", "recompute_layers": 2, "recompute_per_rank": True}, CHUNKS, None),
+        (
+            {"recompute": "full", "recompute_layers": 3, "recompute_per_rank": True},
+            CHUNKS,
+            "memory.recompute_layers=3: a pipeline stage has at most 2 layers; use at most 2, or leave it out",
+        ),
+        ({"recompute": "full", "recompute_layers": 3, "swap_attention": True, "recompute_norm": 1}, FOUR, None),
+        (
+            {"recompute": "full", "recompute_layers": 4, "swap_attention": True},
+            FOUR,
+            "memory.swap_attention: a pipeline chunk has at most 4 layers, all recomputed whole; use fewer recompute_layers, "
+            "or leave it out",
+        ),
+        (
+            {"recompute": "full", "recompute_layers": 1, "recompute_norm": 4},
+            FOUR,
+            "memory.recompute_norm=4: a pipeline chunk has at most 4 layers, 3 behind those recomputed whole; use at most 3, "
+            "or true",
+        ),
+        (
+            {"recompute_activation": 5},
+            FOUR,
+            "memory.recompute_activation=5: a pipeline chunk has at most 4 layers; use at most 4, or true",
+        ),
+    ],
+)
+def test_layers_that_no_chunk_has_are_refused(
+    values: dict[str, Any], stages: list[list[int]], line: str | None
+) -> None:
+    assert MemoryConfig(**values).problems(stages) == ([] if line is None else [line])

@@ -131,6 +131,15 @@ def _misplaced(case: Case) -> list[str]:
     return case.recipe.parallel.placement(_architecture(case).num_layers).problems(recipe_key)
 
 
+def _memory_has_layers(case: Case) -> str | None:
+    parallel, layers = case.recipe.parallel, _architecture(case).num_layers
+    if _misplaced(case):
+        return None
+    placement = parallel.placement(layers)
+    stages = [[len(placement.layers(stage, chunk)) for chunk in range(placement.vpp)] for stage in range(placement.pp)]
+    return "\n".join(case.recipe.memory.problems(stages)) or None
+
+
 def _positions_are_enough(case: Case) -> str | None:
     most = _architecture(case).max_positions
     if case.length <= most:
@@ -294,6 +303,20 @@ RULES: tuple[Rule, ...] = (
             "goes with neither; else there are no more stages than layers."
         ),
         fault=_layers_have_places,
+        model=True,
+    ),
+    Rule(
+        keys=(
+            "memory.recompute_layers",
+            "memory.recompute_norm",
+            "memory.recompute_activation",
+            "memory.swap_attention",
+        ),
+        says=(
+            "`recompute_layers` counts layers that a pipeline chunk has; `recompute_norm`, `recompute_activation` and "
+            "`swap_attention` take those that are left."
+        ),
+        fault=_memory_has_layers,
         model=True,
     ),
     Rule(

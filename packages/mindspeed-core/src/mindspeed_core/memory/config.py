@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 
 from mindspeed_core.recipe import Section
 
+PARTLY = ("recompute_norm", "recompute_activation", "swap_attention")  # what is done in layers not recomputed whole
 Layers = bool | Annotated[int, Field(ge=1)]  # every layer, or so many of them
 
 
@@ -39,12 +41,44 @@ class MemoryConfig(Section):
         if self.recompute_method == "uniform":
             if not full:
                 problems.append("recompute_method: is about whole layers; set recompute: full too, or leave it out")
-            for name in ("recompute_per_rank", "recompute_norm", "recompute_activation", "swap_attention"):
+            for name in ("recompute_per_rank", *PARTLY):
                 if full and getattr(self, name):
                     problems.append(f"{name}: uniform recomputes every layer whole; use recompute_method: block")
+        elif full and self.recompute_layers is None:
+            problems += [
+                f"{name}: recompute: full takes every layer whole; set recompute_layers too, or leave it out"
+                for name in PARTLY
+                if getattr(self, name)
+            ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def problems(self, stages: Sequence[Sequence[int]]) -> list[str]:
+        """Return a line for each key that asks for more layers than any chunk has.
+
+        `stages` holds, of each pipeline stage, how many layers its chunks have.
+        """
+        most = max(self._turns(layers, place, len(chunks)) for chunks in stages for place, layers in enumerate(chunks))
+        where = f"a pipeline {'stage' if self.recompute_per_rank else 'chunk'} has at most {most} layer{'s' if most != 1 else ''}"
+        whole = self.recompute_layers or 0
+        if whole > most:
+            return [f"memory.recompute_layers={whole}: {where}; use at most {most}, or leave it out"]
+        left, found = most - whole, []
+        for name in PARTLY if self.recompute_method == "block" else ():
+            value = getattr(self, name)
+            if value and not left:
+                found.append(
+                    f"memory.{name}: {where}, all recomputed whole; use fewer recompute_layers, or leave it out"
+                )
+            elif value is not True and value > left:
+                behind = f", {left} behind those recomputed whole" if whole else ""
+                found.append(f"memory.{name}={value}: {where}{behind}; use at most {left}, or true")
+        return found
+
+    def _turns(self, layers: int, chunk: int, chunks: int) -> int:
+        """Return how far the count of a chunk's layers goes."""
+        return (layers - 1) * chunks + chunk + 1 if self.recompute_per_rank and layers else layers
 
     def plan(self, layers: int, *, chunk: int = 0, chunks: int = 1) -> Plan:
         """Return what is done with each of the `layers` layers of a chunk, which is one of `chunks` on its stage.
@@ -54,7 +88,7 @@ class MemoryConfig(Section):
 
             layer 0 of chunk 0, layer 0 of chunk 1, layer 1 of chunk 0, layer 1 of chunk 1 ...
         """
-        turn = [i * chunks + chunk if self.recompute_per_rank else i for i in range(layers)]
+        turn = [self._turns(i + 1, chunk, chunks) - 1 for i in range(layers)]
         full = {"none": 0, "selective": 0, "full": self.recompute_layers}[self.recompute]
         groups: tuple[range, ...]
         if self.recompute_method == "uniform":
