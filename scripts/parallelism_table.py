@@ -1,6 +1,6 @@
-"""Write the table of what combines with what into docs/parallelism.md: `python scripts/parallelism_table.py`.
+"""Write two tables into docs/parallelism.md: `python scripts/parallelism_table.py`.
 
-Each cell is what the rules of a recipe say to two features at once on a small model: the page cannot promise more, nor
+What is not exact, as `mindspeed-train verify` leaves it out. And what combines with what: each cell is what the rules of a recipe say to two features at once on a small model: the page cannot promise more, nor
 less, than `mindspeed-train` lets start. A feature that is refused on its own is left out.
 """
 
@@ -127,11 +127,21 @@ def _sentence(fault: str) -> str:
     return re.sub(r"^Value error, ", "", fault)
 
 
+def inexact() -> str:
+    """Return what does not equal one process, when, and why, in Markdown."""
+    from mindspeed_train.exactness import DEPARTURES
+
+    rows = [f"| `{row.name}` | {row.when} | {row.why} |" for row in DEPARTURES]
+    return "\n".join(["| key | differs from one process | since |", "|---|---|---|", *rows]) + "\n"
+
+
 def write(page: str) -> str:
-    """Return the page with a fresh table."""
-    before, rest = page.split(BEGIN)
-    _old, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
+    """Return the page with fresh tables, in the order in which they stand there."""
+    parts = re.split(f"{re.escape(BEGIN)}.*?{re.escape(END)}", page, flags=re.DOTALL)
+    whole = parts[0]
+    for made, after in zip((table(), inexact()), parts[1:], strict=True):
+        whole += f"{BEGIN}\n\n{made}\n{END}{after}"
+    return whole
 
 
 def main() -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from mindspeed_train import verify
 from mindspeed_train.config import Recipe
+from mindspeed_train.exactness import DEPARTURES, LeftOut
 from tests.harness import ROOT, run_command
 from tests.train import runs
+from tests.train.models import EXPERTS
 
 
 @pytest.fixture(scope="session")
@@ -102,12 +104,70 @@ def test_the_two_runs_differ_in_nothing_but_the_split(where: Path, tmp_path: Pat
     assert layout.train.seed == one.train.seed
 
 
+def test_what_only_moves_work_is_plain_in_one_process(where: Path, tmp_path: Path) -> None:
+    moved = {"dispatcher": "allgather", "grouped": False}
+    values = runs.values(
+        where,
+        tmp_path / "run",
+        model=EXPERTS,
+        parallel={"ep": 2},
+        experts={**moved, "aux_loss": 0.5, "drop": "position", "capacity_factor": 2.0},
+        kernels={"matmul": "reference", "cross_entropy_chunk": 0},
+        profile={"start": 100},
+    )
+    wanted = Recipe.model_validate(values | {"train": {"steps": 1000}})
+    layout, one = verify.both(wanted, tmp_path, steps=2, precision="fp32")
+    assert layout.experts == wanted.experts
+    assert one.experts == wanted.experts.model_copy(update={"dispatcher": "alltoall", "grouped": True})
+    assert layout.kernels == wanted.kernels
+    assert one.kernels == type(one.kernels)()
+    assert layout.profile is one.profile is None
+    assert verify.layout_name(wanted, 2, "fp32") == (
+        "ep=2 experts.dispatcher=allgather experts.grouped=false kernels.matmul=reference kernels.cross_entropy_chunk=0 "
+        "(2 ranks)"
+    )
+
+
+def test_one_rank_may_have_something_to_verify_too(where: Path, tmp_path: Path) -> None:
+    for section in ({"kernels": {"matmul": "reference"}}, {"model": EXPERTS, "experts": {"grouped": False}}):
+        runs_of = verify.both(
+            Recipe.model_validate(runs.values(where, tmp_path, **section)), tmp_path, steps=1, precision="fp32"
+        )
+        assert verify._splits(runs_of[0]) != verify._splits(runs_of[1]), section
+
+
+def test_a_layout_is_named_by_what_runs(where: Path, tmp_path: Path) -> None:
+    narrow = {"optim": {"bf16_states": True}, "precision": "bf16", "parallel": {"dp": 2}}
+    wanted = Recipe.model_validate(runs.values(where, tmp_path) | narrow)
+    assert verify.layout_name(wanted, 2, "bf16") == "dp=2 bf16_states=true (2 ranks)"
+    assert verify.layout_name(wanted, 2, "fp32") == "dp=2 (2 ranks)"
+
+
+def test_what_is_known_to_differ_is_left_out_and_named(where: Path, tmp_path: Path) -> None:
+    experts = {"capacity_factor": 1.0, "drop": "position", "pad_to_capacity": True, "jitter": 0.1}
+    file = tmp_path / "recipe.yaml"
+    values = runs.values(where, tmp_path / "run", model=EXPERTS, parallel={"tp": 2, "sp": True}, experts=experts)
+    file.write_text(json.dumps(values))
+    done = run_command("mindspeed-train", "verify", file, "--steps", "2", timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-3:] == [
+        "experts.jitter=0.1 left out of both runs: on more than one rank it is expected to differ from one process, since "
+        "every rank draws random numbers of its own",
+        "experts.capacity_factor=1.0 left out of both runs: with tp or cp it is expected to differ from one process, since "
+        "it looks at the tokens of one rank together, and these cut a sequence",
+        "tp=2 sp=true (2 ranks), fp32: equals one process",
+    ]
+
+
 def test_a_number_that_is_none_is_infinitely_far() -> None:
     assert verify._relative(math.nan, 1.0) == math.inf
     assert verify._relative(1.0, math.nan) == math.inf
     assert verify._relative(0.0, 0.0) == 0.0
     assert not verify.equal([verify.Difference("loss", math.inf, "step 1")], "fp32")
-    assert (
-        json.loads(verify.as_json([verify.Difference("loss", math.inf, "step 1")], "tp=2", "fp32", steps=1))["equal"]
-        is False
-    )
+    (sparsemixer,) = (row for row in DEPARTURES if row.value == "sparsemixer")
+    left_out = [LeftOut(departure=sparsemixer, value="sparsemixer")]
+    found = [verify.Difference("loss", math.inf, "step 1")]
+    told = json.loads(verify.as_json(found, "tp=2", "fp32", steps=1, left_out=left_out))
+    assert (told["equal"], told["differences"][0]["largest"]) == (False, None)
+    assert [(one["key"], one["value"]) for one in told["left_out"]] == [("experts.router", "sparsemixer")]
+    assert verify.table(found, "tp=2", "fp32", left_out=left_out).splitlines()[-1].startswith("tp=2, fp32: DIFFERS")

@@ -44,7 +44,8 @@ def verify(
 ) -> None:
     """Run the recipe's layout and one process on the same data, and print how far they differ.
 
-    Both run in fp32 unless precision=bf16 is given here. Exit code 1 when they differ by more than rounding.
+    Both run in fp32 unless precision=bf16 is given here, and without what cannot equal one process, which is named. Exit
+    code 1 when they differ by more than rounding.
     """
     from mindspeed_core import launch
     from mindspeed_core.device import Device
@@ -53,6 +54,9 @@ def verify(
     from mindspeed_train import verify as certificate
     from mindspeed_train.check import check
     from mindspeed_train.config import Recipe
+    from mindspeed_train.exactness import departures
+    from mindspeed_train.model import find_model
+    from mindspeed_train.rules import Case
     from mindspeed_train.tasks import TASKS, task_for
 
     if launch.launched():
@@ -66,12 +70,15 @@ def verify(
     check(wanted, TASKS[name], world_size=ranks, device=device.type)
     told = any(override.startswith("precision=") for override in overrides or [])
     precision = wanted.precision if told else "fp32"
-    found = certificate.verify(wanted, name, steps=steps, precision=precision, ranks=ranks)
-    layout = certificate.layout_name(wanted, ranks)
+    left_out = departures(
+        Case(recipe=wanted, dp=ranks // wanted.parallel.model_ranks, arch=find_model(wanted).arch, device=device.type)
+    )
+    found = certificate.verify(wanted, name, steps=steps, precision=precision, ranks=ranks, left_out=left_out)
+    layout = certificate.layout_name(wanted, ranks, precision, left_out=left_out)
     if as_json:
-        print(certificate.as_json(found, layout, precision, steps=steps))
+        print(certificate.as_json(found, layout, precision, steps=steps, left_out=left_out))
     else:
-        print(certificate.table(found, layout, precision), end="")
+        print(certificate.table(found, layout, precision, left_out=left_out), end="")
     if not certificate.equal(found, precision):
         raise typer.Exit(1)
 

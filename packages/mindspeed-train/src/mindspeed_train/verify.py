@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mindspeed_core.cli import progress
 from mindspeed_core.device import Device
 from mindspeed_core.errors import InputError
 from mindspeed_train.config import Recipe
+from mindspeed_train.exactness import LeftOut
 from mindspeed_train.meter import METRICS
 from mindspeed_train.model import Model, find_model
 
@@ -38,6 +39,7 @@ BOUNDS = {
 EPS = 1e-3
 OPTIMIZER = ("lr", "weight_decay", "beta1", "beta2", "clip_grad")  # what one process takes over from the recipe
 ROUNDS = ("reuse_fp32_param", "bf16_states", "bf16_grads")  # what only bf16 has
+MOVES = ("dispatcher", "overlap", "grouped", "pad_to_capacity")  # keys of `experts` that change nothing but the way
 MOMENT = "optimizer.state.exp_avg."
 BYTES = 16  # per parameter in fp32: weight, gradient, two moments
 FLOOR = 1e-3  # a tensor that is smaller than this part of the model's mean is measured against that
@@ -53,16 +55,24 @@ class Difference:
 
 
 def verify(
-    wanted: Recipe, task: str, *, steps: int, precision: str, ranks: int, folder: Path | None = None
+    wanted: Recipe,
+    task: str,
+    *,
+    steps: int,
+    precision: str,
+    ranks: int,
+    left_out: Sequence[LeftOut] = (),
+    folder: Path | None = None,
 ) -> list[Difference]:
     """Run the recipe's layout and one process for some steps each, and return the differences.
 
+    What cannot equal one process is `left_out` of both, so that the rest can be compared.
     Nothing of the recipe's own run folder is touched; what the runs write lies under `folder`, or in a temporary folder
     that is removed.
     """
     aside = Path(tempfile.mkdtemp(prefix="mindspeed-verify-")) if folder is None else folder
     try:
-        layout, one = both(wanted, aside, steps=steps, precision=precision)
+        layout, one = both(wanted, aside, steps=steps, precision=precision, left_out=left_out)
         if ranks == 1 and _splits(layout) == _splits(one):
             raise InputError(
                 "the recipe splits nothing, so there is nothing to verify; add a layout, such as parallel.tp=2"
@@ -78,7 +88,9 @@ def verify(
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def both(wanted: Recipe, folder: Path, *, steps: int, precision: str) -> tuple[Recipe, Recipe]:
+def both(
+    wanted: Recipe, folder: Path, *, steps: int, precision: str, left_out: Sequence[LeftOut] = ()
+) -> tuple[Recipe, Recipe]:
     """Return the recipe of the layout and that of one process, alike in all that decides the numbers."""
     plain = wanted.model_dump(mode="json")
     plain["precision"] = precision
@@ -88,16 +100,23 @@ def both(wanted: Recipe, folder: Path, *, steps: int, precision: str) -> tuple[R
     plain["optim"]["clip_grad"] = plain["optim"]["clip_grad"] or 1.0  # without it no norm is computed
     if precision == "fp32":
         plain["optim"] |= {name: False for name in ROUNDS if name in plain["optim"]}
+    plain["experts"] |= _instead(left_out)
     plain["data"] |= {"valid": None, "cache": str(folder / "cache")}
-    plain["log"] = {"every": 1, "tensorboard": False}
+    plain |= {"log": {"every": 1, "tensorboard": False}, "profile": None}
     runs = []
     for name in ("layout", "one"):
         values = {**plain, "checkpoint": {"folder": str(folder / name), "resume": "never"}}
         if name == "one":
             optim = {key: plain["optim"][key] for key in (*OPTIMIZER, "schedule", "min_lr", "eps")}
-            values |= {"parallel": {"dp": 1}, "memory": {}, "optim": optim}
+            experts = {key: value for key, value in plain["experts"].items() if key not in MOVES}
+            values |= {"parallel": {"dp": 1}, "memory": {}, "kernels": {}, "optim": optim, "experts": experts}
         runs.append(Recipe.model_validate(values))
     return runs[0], runs[1]
+
+
+def _instead(left_out: Sequence[LeftOut]) -> dict[str, Any]:
+    """What both runs have in section `experts` for what was left out."""
+    return {key: value for found in left_out for key, value in found.departure.instead.items()}
 
 
 def compare(layout: Path, one: Path) -> list[Difference]:
@@ -183,9 +202,14 @@ def _run(run: Recipe, task: str, file: Path, hint: str) -> None:
 
 
 def _splits(run: Recipe) -> dict[str, Any]:
-    """What a recipe does to split a model over ranks or over time; `dp` is told by the number of ranks."""
+    """What a recipe does to split a model or to move its work; `dp` is told by the number of ranks."""
     plain = run.model_dump(mode="json")
-    return {"parallel": {**plain["parallel"], "dp": None}, "optim": plain["optim"], "memory": plain["memory"]}
+    experts = {key: plain["experts"][key] for key in MOVES}
+    return {
+        "parallel": {**plain["parallel"], "dp": None},
+        "experts": experts,
+        **{name: plain[name] for name in ("optim", "memory", "kernels")},
+    }
 
 
 def _needs(one: Recipe) -> str:
@@ -209,7 +233,7 @@ def _parameters(model: Model) -> int:
     return sum(math.prod(shape) for placed in rows for shape in placed.row.hf_shapes(model.arch))
 
 
-def table(found: list[Difference], layout: str, precision: str) -> str:
+def table(found: list[Difference], layout: str, precision: str, *, left_out: Sequence[LeftOut] = ()) -> str:
     """Return what a person reads."""
     bounds = BOUNDS[precision]
     rows = [(one.quantity, f"{one.largest:.1e}", f"{bounds[one.quantity]:g}", one.where) for one in found]
@@ -223,10 +247,12 @@ def table(found: list[Difference], layout: str, precision: str) -> str:
         if equal(found, precision)
         else "DIFFERS from one process by more than rounding: do not train on it, and report this"
     )
-    return "\n".join([*lines, f"{layout}, {precision}: {verdict}"]) + "\n"
+    return "\n".join([*lines, *map(str, left_out), f"{layout}, {precision}: {verdict}"]) + "\n"
 
 
-def as_json(found: list[Difference], layout: str, precision: str, *, steps: int) -> str:
+def as_json(
+    found: list[Difference], layout: str, precision: str, *, steps: int, left_out: Sequence[LeftOut] = ()
+) -> str:
     """Return what a program reads."""
     differences = [
         # JSON has no infinity
@@ -235,7 +261,12 @@ def as_json(found: list[Difference], layout: str, precision: str, *, steps: int)
         for bound in (BOUNDS[precision][one.quantity],)
     ]
     whole = {"equal": equal(found, precision), "layout": layout, "steps": steps, "precision": precision}
-    return json.dumps({**whole, "differences": differences}, indent=2)
+    without = [
+        {"key": f"experts.{row.key}", "value": one.value, "when": row.when, "why": row.why}
+        for one in left_out
+        for row in (one.departure,)
+    ]
+    return json.dumps({**whole, "differences": differences, "left_out": without}, indent=2)
 
 
 def equal(found: list[Difference], precision: str) -> bool:
@@ -243,12 +274,19 @@ def equal(found: list[Difference], precision: str) -> bool:
     return all(one.largest <= BOUNDS[precision][one.quantity] for one in found)
 
 
-def layout_name(wanted: Recipe, ranks: int) -> str:
-    """Return the layout as its keys: `tp=2 sp=true pp=2 (4 ranks)`."""
+def layout_name(wanted: Recipe, ranks: int, precision: str, *, left_out: Sequence[LeftOut] = ()) -> str:
+    """Return the layout that was run as its keys: `tp=2 sp=true pp=2 (4 ranks)`."""
+    split = (
+        *(("parallel", key, key) for key in type(wanted.parallel).model_fields),
+        *(("optim", key, key) for key in type(wanted.optim).model_fields if precision == "bf16" or key not in ROUNDS),
+        *(("memory", key, key) for key in type(wanted.memory).model_fields),
+        *(("experts", key, f"experts.{key}") for key in MOVES),
+        *(("kernels", key, f"kernels.{key}") for key in type(wanted.kernels).model_fields),
+    )
     plain, parts = wanted.model_dump(mode="json"), []
-    for section in ("parallel", "optim", "memory"):
-        defaults = type(getattr(wanted, section))().model_dump(mode="json")
-        for key, value in plain[section].items():
-            if value != defaults[key] and (section != "optim" or isinstance(value, bool)):
-                parts.append(f"{key}={json.dumps(value) if not isinstance(value, str) else value}")
+    plain["experts"] |= _instead(left_out)
+    for section, key, name in split:
+        value, default = plain[section][key], type(getattr(wanted, section))().model_dump(mode="json")[key]
+        if value != default and (section != "optim" or isinstance(value, bool)):
+            parts.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
     return f"{' '.join(parts) or 'dp=' + str(ranks)} ({ranks} rank{'s' if ranks != 1 else ''})"
