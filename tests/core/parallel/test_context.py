@@ -212,3 +212,8 @@ def test_what_a_ring_does_not_attend_is_told_with_what_does(keys: dict[str, Any]
 def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         ParallelConfig(**keys)
+
+
+def test_all_keys_that_do_not_go_together_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"(?s)etp=2: .*coc_chunks: 2 .*cp_window: .*cp_overlap: "):
+        ParallelConfig(tp=4, etp=2, coc_chunks=2, cp_window=2, cp_overlap=True)

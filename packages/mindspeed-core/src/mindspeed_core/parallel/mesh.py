@@ -45,37 +45,26 @@ class ParallelConfig(Section):
     etp: int | None = Field(None, ge=1)  # tensor parallel degree of one expert: tp (the default), or 1
 
     @model_validator(mode="after")
-    def _experts_agree(self) -> ParallelConfig:
+    def _agrees(self) -> ParallelConfig:
+        problems = []
         if self.etp not in (None, 1, self.tp):
-            raise ValueError(
+            problems.append(
                 f"etp={self.etp}: an expert is cut over all of tp={self.tp} or not at all; use {self.tp} or 1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _pieces_are_of_coc(self) -> ParallelConfig:
         chunks, product = self.coc_chunks, self.collective_matmul
         if product != "coc" and chunks != ParallelConfig.model_fields["coc_chunks"].default:
-            raise ValueError(
+            problems.append(
                 f"coc_chunks: {chunks} is for collective_matmul=coc, not {product}; set collective_matmul, or leave it out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _context_agrees(self) -> ParallelConfig:
-        problems = context_problems(self)
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
-    @model_validator(mode="after")
-    def _balance_is_of_stages(self) -> ParallelConfig:
         if self.layers_per_stage == "balanced" and (self.vpp > 1 or self.noop_layers):
             other = f"vpp={self.vpp}" if self.vpp > 1 else "noop_layers"
-            raise ValueError(
+            problems.append(
                 f"layers_per_stage=balanced: chooses the layers of whole stages, which {other} cuts otherwise; "
                 "leave one of them out"
             )
+        problems += context_problems(self)
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     @property
