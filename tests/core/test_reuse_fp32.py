@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -176,16 +177,25 @@ def test_both_together_keep_the_tie_in_a_bf16_moment() -> None:
     )
 
 
-def trained(parallel: dict[str, Any], optim: dict[str, Any], steps: int, total: int) -> dict[str, Any]:
-    """Train a tiny bf16 model; return the norms of its gradients, its weights, and the bytes of weights and optimizer."""
+OVERLAP = {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+def trained(
+    parallel: dict[str, Any], optim: dict[str, Any], steps: int, total: int, *, with_experts: bool = False
+) -> dict[str, Any]:
+    """Train a tiny bf16 model.
+
+    Returns the norms of its gradients, its weights, how many of them this rank's optimizer has, and the bytes of both.
+    """
     from mindspeed_core.device import Device
     from mindspeed_core.optim.build import build_optimizer
-    from mindspeed_core.parallel.data import wrap_data_parallel
+    from mindspeed_core.parallel.data import gather_parameters, wrap_data_parallel
     from mindspeed_core.parallel.mesh import Mesh, ParallelConfig
 
     mesh = Mesh.create(ParallelConfig(**parallel), Device.open("cpu"))
     config = OptimConfig(lr=LR, **optim)
-    chunks = wrap_data_parallel(forgetful.build(mesh, {}, precision="bf16"), config, mesh)
+    built = forgetful.build(mesh, {}, precision="bf16", with_experts=with_experts)
+    chunks = wrap_data_parallel(built, config, mesh)
     optimizer = build_optimizer(config, chunks, mesh, "bf16")
     norms = []
     for _ in range(steps):
@@ -194,30 +204,41 @@ def trained(parallel: dict[str, Any], optim: dict[str, Any], steps: int, total: 
         optimizer.zero_grad()
         forgetful.run(mesh, chunks, total // mesh.dp.size, start=mesh.dp.rank, stride=mesh.dp.size)
         norms.append(float(optimizer.step()[1]))
+    gather_parameters(chunks)
     weights = [p.detach().clone() for chunk in chunks for p in chunk.parameters()]
     alive = [p for chunk in chunks for p in chunk.parameters()]
+    # the ranks that share the states of a weight: Megatron marks those of experts
+    ranks = {True: mesh.dp.size, False: mesh.edp.size}
+    share = sum(p.numel() / (ranks[getattr(p, "allreduce", True)] if config.distributed else 1) for p in alive)
     for inner in optimizer.chained_optimizers:
         for group in inner.param_groups:
             alive += group["params"]
             alive += [tensor for p in group["params"] for tensor in inner.optimizer.state[p].values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
-    return {
-        "norms": norms,
-        "weights": weights,
-        "bytes": sum(storages.values()),
-        "count": sum(w.numel() for w in weights),
-    }
+    return {"norms": norms, "weights": weights, "share": share, "bytes": sum(storages.values())}
 
 
-@pytest.mark.parametrize("distributed", [False, True], ids=["whole", "distributed"])
-def test_a_model_trains_as_with_separate_masters(distributed: bool) -> None:
-    parallel, settings = {"dp": 2}, {"distributed": distributed}
-    plain = run_ranks(trained, 2, parallel, settings, 5, 4)[0]
-    own = run_ranks(trained, 2, parallel, {**settings, "reuse_fp32_param": True}, 5, 4)[0]
-    assert own["norms"] == plain["norms"]
-    assert all(torch.equal(one, other) for one, other in zip(own["weights"], plain["weights"], strict=True))
-    saved = 2 * plain["count"] / (2 if distributed else 1)
-    assert plain["bytes"] - own["bytes"] == pytest.approx(saved, rel=0.01)  # padding of the shards
+@pytest.mark.parametrize(
+    ("parallel", "settings"),
+    [
+        ({"dp": 2}, {}),
+        ({"dp": 2}, {"distributed": True}),
+        ({"dp": 2}, {"overlap_grad_reduce": True}),
+        ({"dp": 2}, OVERLAP),
+        ({"dp": 2, "ep": 2}, OVERLAP),
+        ({"tp": 2, "sp": True}, {}),
+        ({"pp": 2, "vpp": 2}, {}),
+    ],
+    ids=["dp2", "dp2-distributed", "dp2-sum", "dp2-overlap", "ep2-overlap", "tp2-sp", "pp2-vpp2"],
+)
+def test_a_model_trains_as_with_separate_masters(parallel: dict[str, Any], settings: dict[str, Any]) -> None:
+    run = partial(trained, with_experts="ep" in parallel)
+    plain = run_ranks(run, 2, parallel, settings, 5, 4)
+    own = run_ranks(run, 2, parallel, {**settings, "reuse_fp32_param": True}, 5, 4)
+    for rank, other in zip(own, plain, strict=True):
+        assert rank["norms"] == other["norms"]
+        assert all(torch.equal(one, two) for one, two in zip(rank["weights"], other["weights"], strict=True))
+        assert other["bytes"] - rank["bytes"] == pytest.approx(2 * other["share"], rel=0.01)  # padding of the shards
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["whole", "distributed"])
@@ -229,7 +250,7 @@ def test_narrow_states_and_gradients_stay_near(distributed: bool) -> None:
         found = run_ranks(trained, 2, parallel, {**narrow, **more}, 5, 4)[0]
         # 8 bits of each gradient and moment
         assert found["norms"] == pytest.approx(plain["norms"], rel=2e-2)
-        saved = (4 + (2 if more else 0)) * plain["count"] / (2 if distributed else 1)
+        saved = (4 + (2 if more else 0)) * plain["share"]
         assert plain["bytes"] - found["bytes"] == pytest.approx(saved, rel=0.01)
 
 

@@ -3,6 +3,9 @@
 import threading
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from mindspeed_core import standing
 from mindspeed_core.standing import Standing
@@ -24,24 +27,48 @@ class Work:
         return call()
 
 
-def in_rank(name, length):
-    """Return where rank 0 stood in a collective, before rank 1 came; rank 1 comes when rank 0 is seen to wait."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _get_default_store
+class Owner:
+    """An object that waits for what it began earlier, as Megatron's buckets do; of its groups one has nobody to wait for."""
 
-    group = dist.new_group([0, 1], group_desc="TENSOR_MODEL_PARALLEL_GROUP")
+    def __init__(self, begun, alone, group):
+        self.begun = begun
+        self.alone, self.group = alone, group
+
+    def finishes(self):
+        self.begun.wait()
+
+
+def together(x, group):
+    """Return the handle of several collectives that are sent as one."""
+    with dist._coalescing_manager(group, async_ops=True) as begun:
+        dist.all_reduce(x, group=group)
+        dist.all_reduce(x.clone(), group=group)
+    return begun
+
+
+def begins(name, x, group):
+    """Begin the collective that a handle of that name belongs to."""
+    return together(x, group) if name.startswith("several") else dist.all_reduce(x, group=group, async_op=True)
+
+
+def in_rank(name, length, backend=None):
+    """Return where rank 0 stood in a collective, before rank 1 came; rank 1 comes when rank 0 is seen to wait."""
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    group = dist.new_group([0, 1], group_desc="TENSOR_MODEL_PARALLEL_GROUP", backend=backend)
     values = torch.ones(length)
     calls = {
         "all_reduce": lambda: dist.all_reduce(values, group=group),
         "barrier": dist.barrier,
         "all_gather_object": lambda: dist.all_gather_object([None, None], 1),
-        "handle": lambda: waits(begun, group),
+        "handle": lambda: waits(begun),
+        "several": lambda: waits(begun),
+        "owner": lambda: Owner(begun, alone, group).finishes(),
+        "several owned": lambda: Owner(begun, alone, group).finishes(),
     }
     store = _get_default_store()
     if dist.get_rank() == 1:
         store.wait([name])
-    begun = dist.all_reduce(values, group=group, async_op=True) if name == "handle" else None
+    begun = begins(name, values, group) if name not in ("all_reduce", "barrier", "all_gather_object") else None
     if dist.get_rank() == 1:
         Work().outer(calls[name])
         return None
@@ -57,19 +84,19 @@ def in_rank(name, length):
     return seen[-1]
 
 
-def waits(work, group):
+def waits(work):
     work.wait()
 
 
+@pytest.mark.parametrize("length", [2, LARGE])
 @pytest.mark.parametrize(
-    ("name", "length", "function", "group"),
+    ("name", "function", "group"),
     [
-        ("all_reduce", 2, "all_reduce", "tp (ranks 0, 1)"),
-        ("all_reduce", LARGE, "all_reduce", "tp (ranks 0, 1)"),
-        ("barrier", 2, "barrier", "all ranks"),
-        ("all_gather_object", 2, "all_gather_object", "all ranks"),
-        ("handle", 2, "waits", "tp (ranks 0, 1)"),
-        ("handle", LARGE, "waits", "tp (ranks 0, 1)"),
+        ("all_reduce", "all_reduce", "tp (ranks 0, 1)"),
+        ("barrier", "barrier", "all ranks"),
+        ("all_gather_object", "all_gather_object", "all ranks"),
+        ("handle", "all_reduce", "tp (ranks 0, 1)"),
+        ("several", "all_reduce", "tp (ranks 0, 1)"),
     ],
 )
 def test_a_collective_is_named_with_its_group_and_its_caller(name, length, function, group):
@@ -77,6 +104,13 @@ def test_a_collective_is_named_with_its_group_and_its_caller(name, length, funct
     assert (stood.function, stood.group, stood.work) == (function, group, "in inner of a test")
     assert stood.place.startswith("test_standing.py:")
     assert str(stood) == f"in {function} of {group} at {stood.place}, in inner of a test"
+
+
+@pytest.mark.parametrize("name", ["owner", "several owned"])
+def test_a_handle_of_a_backend_that_does_not_know_it_is_told_by_its_owner(name):
+    stood, _ = run_ranks(in_rank, 2, name, LARGE, "gloo")
+    assert (stood.function, stood.group) == ("finishes", "tp (ranks 0, 1)")
+    assert stood.place.startswith("test_standing.py:")
 
 
 def fails():

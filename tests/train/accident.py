@@ -82,7 +82,7 @@ def together(honest: Callable[[], Any], note: str) -> Callable[[], Any]:
 
 if __name__ == "__main__":
     what, where, rank, note = os.environ["ACCIDENT"].split(",")
-    if launch.world() == (int(rank), 2):
+    if launch.launched() and launch.world()[0] == int(rank):
         module, name = PLACES[where]
         number = 1 if where in ("meet", "start") else 2
         setattr(module, name, hurt(getattr(module, name), ACCIDENTS[what], number=number, note=note))

@@ -25,6 +25,10 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 
+# Adam divides a gradient by its own size, so that the rounding of one that is nearly zero would move its weight as far as any
+# other. With this eps a weight moves by what its gradient is worth, and weights agree as gradients do.
+EPS = 1e-3
+
 
 def material(folder: Path) -> Path:
     """Write a tokenizer, text (`text`, `valid`) and instructions (`chat`, `chat_valid`) into a folder and return it."""

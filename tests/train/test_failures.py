@@ -21,12 +21,15 @@ from mindspeed_core.errors import InputError
 from mindspeed_core.recipe import load
 from mindspeed_train.config import Recipe
 from tests.harness import ROOT, RankError, run_ranks
-from tests.train import runs
+from tests.train import models, runs
 
+RELATIVE = 1e-5  # fp32 sums in another order
 TIMEOUT = 6  # seconds a rank waits for the others
 SOON = 40  # seconds from the accident to the end, on a machine that does much else
 START = 240  # seconds to come so far
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+OVERLAP = ("distributed", "overlap_grad_reduce", "overlap_param_gather")
 
 Hurt = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -38,12 +41,17 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hurt(where: Path, tmp_path: Path) -> Iterator[Hurt]:
-    """Run a recipe on two ranks, one of which meets an accident; nothing of it may stay."""
+    """Run a recipe on some ranks, one of which meets an accident; nothing of it may stay."""
     with tempfile.TemporaryDirectory() as aside:
 
-        def run(accident: str, *overrides: str, launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+        def run(
+            accident: str,
+            *overrides: str,
+            launcher: list[str] | None = None,
+            model: dict[str, Any] = runs.SIZES,
+        ) -> subprocess.CompletedProcess[str]:
             recipe = tmp_path / "recipe.yaml"
-            sections = {"train": {"steps": 3}, "checkpoint": {"every": 1}}
+            sections = {"train": {"steps": 3}, "checkpoint": {"every": 1}, "model": model}
             recipe.write_text(json.dumps(runs.values(where, tmp_path / "run", **sections)))
             line = [*(launcher or []), "-m", "tests.train.accident", "pretrain", str(recipe), *overrides]
             note = tmp_path / "accident"
@@ -86,20 +94,39 @@ def test_a_patience_that_no_run_can_keep_is_refused(where: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("layout", "waited"),
+    ("layout", "model", "waited"),
     [
-        ("tp", r"all_reduce of tp \(ranks 0, 1\) at \w+\.py:\d+, in step \d"),
-        ("pp", r"\w+ of pp \(ranks 0, 1\) at p2p_communication\.py:\d+, in step \d"),
-        ("dp", r"all_reduce of dp x cp \(ranks 0, 1\) at \w+\.py:\d+, in step \d"),
+        ("tp=2", runs.SIZES, r"all_reduce of tp \(ranks 0, 1\) at \w+\.py:\d+"),
+        ("pp=2", runs.SIZES, r"(send|recv) of pp \(ranks 0, 1\) at p2p_communication\.py:\d+"),
+        ("pp=2 vpp=2", models.LLAMA, r"(send|recv) of pp \(ranks 0, 1\) at schedules\.py:\d+"),
+        ("dp=2", runs.SIZES, r"all_reduce of dp x cp \(ranks 0, 1\) at \w+\.py:\d+"),
+        ("cp=2", runs.SIZES, r"(send|recv) of cp \(ranks 0, 1\) at ring_attention\.py:\d+"),
+        ("dp=2 ep=2", models.EXPERTS, r"all_to_all of ep \(ranks 0, 1\) at expert\.py:\d+"),
     ],
-    ids=["tp", "pp", "dp"],
+    ids=["tp", "pp", "vpp", "dp", "cp", "ep"],
 )
 def test_a_rank_that_is_killed_in_a_step_is_named_and_so_is_what_the_others_waited_for(
-    layout: str, waited: str, hurt: Hurt
+    layout: str, model: dict[str, Any], waited: str, hurt: Hurt
 ) -> None:
-    done = hurt("kill,loss,1", f"parallel.{layout}=2")
+    done = hurt("kill,loss,1", *(f"parallel.{axis}" for axis in layout.split()), model=model)
     assert done.returncode == 2
-    assert re.fullmatch(f"{KILLED}; rank 0 waited in {waited}", done.stderr.splitlines()[-1]), done.stderr
+    assert re.fullmatch(f"{KILLED}; rank 0 waited in {waited}, in step \\d", done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_of_sums_beside_the_computation_each_rank_names_its_own(hurt: Hurt) -> None:
+    layout = ("parallel.dp=2", "parallel.pp=2", *(f"optim.{name}=true" for name in OVERLAP))
+    done = hurt("hang,loss,3", *layout, f"train.timeout={TIMEOUT}")
+    assert done.returncode == 2
+    (told,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert re.match(r"error: rank 3 did not come: it stood in hang \(accident\.py:\d+\), in step 1; ", told)
+    place = r"at \w+\.py:\d+, in step 1"
+    for waited in (
+        rf"rank 0 waited( 6 s)? in reduce_scatter of dp x cp \(ranks 0, 1\) {place}",
+        rf"rank 1 waited( 6 s)? in recv of pp \(ranks 1, 3\) {place}",
+        rf"rank 2 waited( 6 s)? in reduce_scatter of dp x cp \(ranks 2, 3\) {place}",
+    ):
+        assert re.search(waited, told), told
     assert "Traceback" not in done.stderr
 
 
@@ -232,20 +259,21 @@ def _skips(recipe: dict[str, Any]) -> None:
 def test_weights_that_nothing_uses_end_as_in_one_process(
     layout: dict[str, int], optim: dict[str, bool], where: Path, tmp_path: Path
 ) -> None:
-    one, split = (runs.values(where, tmp_path / name, train={"steps": 3}) for name in ("one", "split"))
+    sections = {"train": {"steps": 3}, "optim": {"eps": runs.EPS}}
+    one, split = (runs.values(where, tmp_path / name, **sections) for name in ("one", "split"))
     split |= {"parallel": layout, "optim": {**split["optim"], **optim}}
     run_ranks(_skips, 1, one)
     run_ranks(_skips, 2, split)
     for name in ("loss", "grad_norm"):
         found, expected = ([line[name] for line in runs.metrics(tmp_path / run)] for run in ("split", "one"))
-        assert found == pytest.approx(expected, rel=1e-5), name
+        assert found == pytest.approx(expected, rel=RELATIVE), name
     whole = runs.stored(tmp_path / "one" / "checkpoints" / "step_3")
     unused = [key for key in whole if "decoder.layers.1." in key and "exp_avg." in key]
     assert unused
     assert not any(whole[key].any() for key in unused)
     for key, tensor in runs.stored(tmp_path / "split" / "checkpoints" / "step_3").items():
         if not key.startswith("random."):
-            assert (tensor - whole[key]).abs().max() <= 1e-3 * whole[key].abs().max(), key
+            assert (tensor - whole[key]).abs().max() <= RELATIVE * whole[key].abs().max(), key
 
 
 def test_weights_that_nothing_uses_are_named_where_sums_wait_for_them(where: Path, tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 """Where a rank stands: how far its work is, and the collective that it waits in. Told when a job fails.
 
-Nothing is noted down while a rank works: its stack knows. An object that knows how far the work is has a method
-`stands(function)`, which is asked when the object is found on the stack as the `self` of that function.
+While a rank works nothing is noted for it: its stack knows. An object that knows how far the work is has a method
+`stands(function)`, which is asked when the object is found on the stack as the `self` of that function. A process group that
+knows its own handles has a method `begun(handle)`, which returns the name of the collective; torch's own do not know.
 """
 
 from __future__ import annotations
 
 import linecache
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from types import FrameType
 from typing import Any
 
@@ -28,6 +31,8 @@ AXES = {  # what Megatron calls the groups of a mesh, and what a recipe does
     "EXPERT_TENSOR_PARALLEL_GROUP": "etp",
     "EXPERT_DATA_PARALLEL_GROUP": "edp",
 }
+
+AWAITED = re.compile(r"([\w.]*)\.wait\(")  # a handle, by the name it has in a line
 
 Stack = Sequence[tuple[FrameType, int]]  # frames and their lines, the innermost first
 
@@ -88,7 +93,7 @@ def _read(stack: Stack) -> Standing:
 
 
 def _in_collective(stack: Stack) -> Standing | None:
-    inside = [i for i, (frame, _) in enumerate(stack) if _module(frame) == COLLECTIVES]
+    inside = [i for i, (frame, _) in enumerate(stack) if _module(frame) == COLLECTIVES and not _of_handle(frame)]
     if not inside:
         return None
     frame = stack[inside[-1]][0]  # all_gather_object rather than the all_gather within
@@ -99,41 +104,85 @@ def _in_collective(stack: Stack) -> Standing | None:
 
 
 def _before_handle(stack: Stack) -> Standing | None:
-    """A collective that was started earlier: the nearest group on the stack is the one it belongs to."""
-    handle = [i for i, (frame, _) in enumerate(stack) if _is_handle(frame.f_locals.get("self"))]
-    stack = stack[handle[-1] + 1 :] if handle else stack  # one that is written in Python is on the stack itself
-    if not stack:
+    """A collective that was begun earlier, as the group that began it says.
+
+    Where none says so: the function that waits, and the nearest group on the stack.
+    """
+    # a handle that is written in Python waits itself, and may hold others
+    handles = [i for i, (frame, _) in enumerate(stack) if _of_handle(frame)]
+    place = handles[-1] + 1 if handles else 0
+    if len(stack) == place:
         return None
-    frame, line = stack[0]
-    if ".wait(" not in linecache.getline(frame.f_code.co_filename, line):
+    awaited = [_awaited(frame, line) for frame, line in stack[: place + 1]]
+    if not awaited[-1]:
         return None
-    group = next((name for inner, _ in stack for name in map(_named, _held(inner)) if name), None)
-    if group is None:
-        return None
-    return Standing(place=_place(frame, line), function=frame.f_code.co_name.lstrip("_"), group=group)
+    frame, line = stack[place]
+    function, group = _begun(awaited[::-1]) or (frame.f_code.co_name.lstrip("_"), _nearest(stack[place:]))
+    return None if group is None else Standing(place=_place(frame, line), function=function, group=group)
 
 
-def _held(frame: FrameType) -> Iterator[Any]:
-    """What a function has at hand: its variables, and what its object or its autograd context holds."""
-    values = frame.f_locals
-    yield from values.values()
-    for owner in (values.get("self"), values.get("ctx")):
-        yield from getattr(owner, "__dict__", {}).values()
+def _awaited(frame: FrameType, line: int) -> Any:
+    """Return the handle that a function waits for in that line; True where it may be one, None where it is none."""
+    found = AWAITED.search(linecache.getline(frame.f_code.co_filename, line))
+    if found is None:
+        return None
+    name, *attributes = found[1].split(".")
+    value = reduce(lambda value, attribute: getattr(value, attribute, None), attributes, frame.f_locals.get(name, True))
+    return value if value is True or _is_handle(value) else None
+
+
+def _begun(handles: Sequence[Any]) -> tuple[str, str | None] | None:
+    """Ask every group for the first of the handles that it knows: the collective, and the group."""
+    world = getattr(sys.modules.get(COLLECTIVES), "_world", None)
+    groups = [group for group in list(getattr(world, "pg_map", ())) if hasattr(group, "begun")]
+    known = ((group.begun(handle), _named(group)) for handle in handles if _is_handle(handle) for group in groups)
+    return next((told for told in known if told[0] is not None), None)
+
+
+def _nearest(stack: Stack) -> str | None:
+    """Return the group that the nearest function has at hand; of several each that it may be."""
+    for held in (held for frame, _ in stack for held in _held(frame)):
+        names = [_named(value) for value in held if _is_group(value) and value.size() > 1]
+        if names:
+            return " or ".join(dict.fromkeys(filter(None, names)))
+    return None
+
+
+def _held(frame: FrameType) -> Iterator[list[Any]]:
+    """What a function has at hand: its variables; what its object or its autograd context holds; what that holds."""
+    yield list(frame.f_locals.values())
+    owned = [value for name in ("self", "ctx") for value in _attributes(frame.f_locals.get(name))]
+    yield owned
+    yield [value for owner in owned for value in _attributes(owner)]
+
+
+def _attributes(owner: Any) -> list[Any]:
+    return list(getattr(owner, "__dict__", {}).values())
+
+
+def _of_handle(frame: FrameType) -> bool:
+    """True in a method of a handle."""
+    return _is_handle(frame.f_locals.get("self"))
 
 
 def _is_handle(value: Any) -> bool:
+    """True for the handle of a collective, and of several that were sent as one."""
     collectives = sys.modules.get(COLLECTIVES)
-    return collectives is not None and isinstance(value, collectives.Work)
+    return collectives is not None and isinstance(value, (collectives.Work, collectives._CoalescingManager))
+
+
+def _is_group(value: Any) -> bool:
+    collectives = sys.modules.get(COLLECTIVES)  # a command that has not loaded torch waits in none
+    return collectives is not None and isinstance(value, collectives.ProcessGroup)
 
 
 def _named(group: Any) -> str | None:
     """Return a group as a person calls it; None for what is no group."""
-    collectives = sys.modules.get(COLLECTIVES)  # a command that has not loaded torch waits in none
-    if collectives is None or not isinstance(group, collectives.ProcessGroup):
+    if not _is_group(group):
         return None
     if group.group_desc == "default_pg":
         return "all ranks"
-    ranks = f"ranks {', '.join(map(str, collectives.get_process_group_ranks(group)))}"
+    ranks = f"ranks {', '.join(map(str, sys.modules[COLLECTIVES].get_process_group_ranks(group)))}"
     axis = AXES.get(group.group_desc)
     return ranks if axis is None else f"{axis} ({ranks})"
 

@@ -9,6 +9,7 @@ peer that is gone is noticed at once. A sum is the same on all ranks: added in t
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import socket
@@ -26,11 +27,19 @@ NOTE = 128  # bytes a message has at most
 
 
 def machine() -> str:
-    """Return what the ranks have in common that can form an exchange; on a system without the means something unique."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if not hasattr(os, "memfd_create") or not boot.exists():
-        return str(uuid.uuid4())
-    return f"{boot.read_text().strip()} {os.stat('/proc/self/ns/net').st_ino}"  # abstract sockets are of a network
+    """Return what the ranks have in common that can form an exchange; where one cannot, something unique.
+
+    A kernel, or what confines a container, may forbid the means that Python has: they are tried.
+    """
+    try:
+        if hasattr(os, "memfd_create"):
+            os.close(os.memfd_create("mindspeed"))
+            with _listener(f"mindspeed-{uuid.uuid4()}", 1):
+                boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+                return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"  # abstract sockets are of a network
+    except OSError:
+        pass
+    return str(uuid.uuid4())
 
 
 class Exchange:
@@ -55,7 +64,7 @@ class Exchange:
                 for line in lines.values():
                     socket.send_fds(line, [b"memory"], [file])
             else:
-                _, (file,), *_ = socket.recv_fds(lines[0], NOTE, 1)
+                file = _file(lines[0])
             memory = torch.frombuffer(mmap.mmap(file, 2 * size * slot), dtype=torch.uint8)
             os.close(file)
         return cls(rank, lines, memory.view(2, size, slot), seconds)
@@ -105,9 +114,7 @@ class Exchange:
                 line.send(note)
         for peer, line in self._lines.items():
             with _in_the_words_of_torch(f"rank {peer} of the group", self.seconds):
-                theirs = line.recv(NOTE)
-                if not theirs:
-                    raise EOFError
+                theirs = _note(line)
             if theirs != note:
                 raise RuntimeError(f"rank {self.rank} of the group is in {brought}, rank {peer} in {theirs.decode()}")
 
@@ -116,35 +123,58 @@ def _lines(store: dist.Store, rank: int, size: int, seconds: float) -> dict[int,
     """Return a socket to every other rank."""
     lines: dict[int, socket.socket] = {}
     name = f"mindspeed-{uuid.uuid4()}"
-    with _socket(seconds) as listener:
-        listener.bind(f"\0{name}")  # abstract: no file, and gone with the process
-        listener.listen(size)
+    with _listener(name, size) as listener:
+        listener.settimeout(seconds)
         store.set(f"line {rank}", name)
         for place in range(rank):
-            lines[place] = _socket(seconds)
+            lines[place] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            lines[place].settimeout(seconds)
             lines[place].connect(f"\0{store.get(f'line {place}').decode()}")
             lines[place].send(str(rank).encode())
         while len(lines) < size - 1:
             line, _ = listener.accept()
             line.settimeout(seconds)
-            lines[int(line.recv(NOTE))] = line
+            lines[int(_note(line))] = line
     return lines
 
 
-def _socket(seconds: float) -> socket.socket:
-    new = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    new.settimeout(seconds)
-    return new
+def _listener(name: str, most: int) -> socket.socket:
+    """Return a socket to which so many others can connect by its name."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"\0{name}")  # abstract: no file, and gone with the process
+    listener.listen(most)
+    return listener
+
+
+def _note(line: socket.socket) -> bytes:
+    """Return what a peer sends."""
+    note = line.recv(NOTE)
+    if not note:  # as a socket says that its other end is closed
+        raise EOFError("has gone")
+    return note
+
+
+def _file(line: socket.socket) -> int:
+    """Return the open file that a peer sends."""
+    note, files, *_ = socket.recv_fds(line, NOTE, 1)
+    if not note:
+        raise EOFError("has gone")
+    if not files:  # it came, and the kernel had no place for it in this process
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return files[0]
 
 
 @contextmanager
 def _in_the_words_of_torch(peer: str, seconds: float) -> Iterator[None]:
-    """A peer that is late or gone is told as torch's own backends tell it: by a RuntimeError."""
+    """A peer that is late or gone is told as torch's own backends tell it: by a RuntimeError.
+
+    What this rank's own system refuses it keeps its own words: it is no word of a peer.
+    """
     try:
         yield
     except TimeoutError as error:
         raise RuntimeError(f"Timed out waiting {seconds * 1000:.0f}ms for {peer}") from error
-    except (OSError, EOFError) as error:
+    except (ConnectionError, EOFError) as error:
         raise RuntimeError(f"Connection closed by peer: {peer} {error}") from error
 
 

@@ -10,8 +10,10 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import timedelta
+from functools import wraps
 from queue import SimpleQueue
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -26,9 +28,25 @@ SUM = dist.ReduceOp.SUM
 ProcessGroup: Any = dist.ProcessGroup  # whose stub has not all the forms in which it is called
 
 
-def _gloos(name: str) -> Callable[..., dist.Work]:
+def _called(collective: str) -> Callable[[Callable[..., dist.Work]], Callable[..., dist.Work]]:
+    """Let a method note what the handle that it returns belongs to."""
+
+    def noting(method: Callable[..., dist.Work]) -> Callable[..., dist.Work]:
+        @wraps(method)
+        def begin(self: SharedGloo, *given: Any, **named: Any) -> dist.Work:
+            work = method(self, *given, **named)
+            self._begun[work] = collective
+            return work
+
+        return begin
+
+    return noting
+
+
+def _gloos(name: str, collective: str | None = None) -> Callable[..., dist.Work]:
     """Return a method that gives everything to gloo."""
 
+    @_called(collective or name)
     def method(self: SharedGloo, *given: Any, **named: Any) -> dist.Work:
         return getattr(self._gloo, name)(*given, **named)
 
@@ -51,23 +69,32 @@ class SharedGloo(ProcessGroup):
         self._together: bool | None = None
         self._exchange: Exchange | None = None
         self._lane = _Lane()
+        self._begun: WeakKeyDictionary[dist.Work, str] = WeakKeyDictionary()
 
+    def begun(self, work: Any) -> str | None:
+        """Return the collective that a handle belongs to; None for what is no handle of this group."""
+        return self._begun.get(work)
+
+    @_called("all_reduce")
     def allreduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         (x,) = tensors
         if opts.reduceOp != SUM or not self._takes(x):
             return self._gloo.allreduce(tensors, opts)
         return self._do(opts, lambda exchange: exchange.all_reduce(_flat(x)))
 
+    @_called("reduce_scatter")
     def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any) -> dist.Work:
         if opts.reduceOp != SUM or not self._takes(input, output, self.size()):
             return self._gloo._reduce_scatter_base(output, input, opts)
         return self._do(opts, lambda exchange: exchange.reduce_scatter(_flat(output), self._rows(input)))
 
+    @_called("all_gather")
     def _allgather_base(self, output: Tensor, input: Tensor, opts: Any) -> dist.Work:
         if not self._takes(output, input, self.size()):
             return self._gloo._allgather_base(output, input, opts)
         return self._do(opts, lambda exchange: exchange.all_gather(self._rows(output), _flat(input)))
 
+    @_called("all_to_all")
     def alltoall_base(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any
     ) -> dist.Work:
@@ -75,6 +102,7 @@ class SharedGloo(ProcessGroup):
             return self._gloo.alltoall_base(output, input, output_splits, input_splits, opts)
         return self._do(opts, lambda exchange: exchange.all_to_all(self._rows(output), self._rows(input)))
 
+    @_called("all_reduce")
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         each = dist.AllreduceOptions()
         for option in ("reduceOp", "timeout", "asyncOp"):
@@ -82,17 +110,19 @@ class SharedGloo(ProcessGroup):
                 setattr(each, option, getattr(opts, option))
         return _Several(self.allreduce([x], each) for x in tensors)
 
+    @_called("reduce_scatter")
     def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> dist.Work:
         return _Several(self._reduce_scatter_base(*pair, opts) for pair in zip(outputs, inputs, strict=True))
 
+    @_called("all_gather")
     def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> dist.Work:
         return _Several(self._allgather_base(*pair, opts) for pair in zip(outputs, inputs, strict=True))
 
     # An inherited method would hold the interpreter's lock while it asks gloo for one of its own, behind which a thread of
     # gloo may wait for the interpreter's.
-    allgather = _gloos("allgather")
-    allgather_coalesced = _gloos("allgather_coalesced")
-    alltoall = _gloos("alltoall")
+    allgather = _gloos("allgather", "all_gather")
+    allgather_coalesced = _gloos("allgather_coalesced", "all_gather")
+    alltoall = _gloos("alltoall", "all_to_all")
     barrier = _gloos("barrier")
     broadcast = _gloos("broadcast")
     gather = _gloos("gather")
