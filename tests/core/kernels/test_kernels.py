@@ -295,6 +295,16 @@ def test_the_product_of_a_cpu_is_the_exact_one_rounded(rows: int, batch: int, dt
             assert (ours.double() - oracle.double()).abs().max() < error * oracle.abs().max(), product
 
 
+def test_the_product_of_no_rows_has_a_gradient_of_zeros():
+    """An expert that no token chose, where experts are computed one after another."""
+    x, weight, grad = (tensor[:0] if tensor.dim() == 3 else tensor for tensor in _linear_cases(3, 2, torch.float32))
+    out = matmul.cpu(x, weight)
+    assert out.shape == (0, 2, 48)
+    found = torch.autograd.grad(out, (x, weight), grad)
+    assert found[0].shape == x.shape
+    assert torch.equal(found[1], torch.zeros_like(weight))
+
+
 def test_the_product_of_a_cpu_passes_gradcheck():
     x, weight, _ = _linear_cases(3, 2, torch.float64)
     assert torch.autograd.gradcheck(matmul.cpu, (x, weight))

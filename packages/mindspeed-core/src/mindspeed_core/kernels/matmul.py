@@ -47,7 +47,8 @@ def npu(x: Tensor, weight: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x @ weight.T without a gradient."""
-    if x.dtype == torch.float32 and onednn_is_exact() and x.numel() >= LEAST * x.shape[-1]:
+    # a sum over nothing, the gradient of an expert without rows, is none of oneDNN's either
+    if x.dtype == torch.float32 and onednn_is_exact() and x.numel() >= LEAST * max(1, x.shape[-1]):
         return onednn(x, weight)
     if x.dtype == torch.bfloat16 and widens() and x.numel() > FEW * x.shape[-1]:
         return widened(x, weight)
