@@ -84,6 +84,16 @@ def test_gradients_are_the_same_and_made_after_what_is_sent() -> None:
             assert late == ["sent", *["made"] * linears] * NUMBER
 
 
+def test_gradients_of_experts_are_made_after_what_is_sent() -> None:
+    for stage, (answers,) in enumerate(run_ranks(both, 2, [{"with_experts": True}])):
+        (plain, early), (delayed, late) = answers
+        assert same(delayed, plain)
+        assert all(gradient.any() for gradient in plain)
+        linears = 2 * (2 + 2 * 4) + stage  # two layers of attention and four experts
+        assert early == [*["made"] * linears, "sent"] * NUMBER
+        assert late == ["sent", *["made"] * linears] * NUMBER
+
+
 # the linears of the first are those that the others are compared with
 BESIDE: dict[bool, tuple[dict[str, Any], ...]] = {
     True: ({}, {"collective_matmul": "mc2"}, {"collective_matmul": "coc", "coc_chunks": 2}),

@@ -56,7 +56,7 @@ def npu(into: Tensor, grad: Tensor, x: Tensor) -> None:
     if into.dtype != torch.float32 or grad.dtype == torch.float32:
         reference(into, grad, x)
         return
-    rows = torch.tensor([x.shape[0]], device=x.device)
+    rows = torch.full((1,), x.shape[0], device=x.device)  # made there: a copy from the host would wait for the device
     torch.ops.npu.npu_grouped_matmul_add_(into[None], grad, x, rows, transpose_x=True, group_type=2)
 
 
