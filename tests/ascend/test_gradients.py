@@ -140,6 +140,19 @@ def test_gradients_of_linears_and_experts_go_to_their_sums(name: str) -> None:
     assert not any(linears.values()), linears
 
 
+def test_of_an_input_that_is_gathered_only_a_share_is_kept() -> None:
+    kept: list[tuple[int, ...]] = []
+
+    def note(x: Tensor) -> Tensor:
+        kept.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        gradients("llama2-7b tp8 sp dp2", sums=True)
+    assert (LENGTH // 8, BATCH, 4096) in kept
+    assert (LENGTH, BATCH, 4096) not in kept
+
+
 def test_a_gradient_that_is_lost_is_seen() -> None:
     """torch_npu's grouped product has no gradient, and says nothing."""
     from mindspeed_core.kernels import grouped_matmul
