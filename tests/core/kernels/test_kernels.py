@@ -342,6 +342,28 @@ def test_rows_of_an_embedding_are_added_to_main_grad(dtype: torch.dtype):
     torch.testing.assert_close(weight.main_grad, before + 2 * exact.grad, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_gradient_of_an_output_layer_waits(wide: bool):
+    hidden, weight, labels, weights = (x.float() if x.is_floating_point() else x for x in _head())
+    grads = []
+    for waiting in (None, []):
+        leaf: Any = torch.nn.Parameter(weight.detach().bfloat16())
+        leaf.main_grad, leaf.waiting = torch.zeros(weight.shape), waiting
+        narrow = hidden.detach().bfloat16().requires_grad_()
+        cross_entropy.chunked(
+            narrow, leaf, labels, weights, vocab_size=13, chunk=0, product=matmul.cpu, wide=wide
+        ).backward()
+        assert leaf.grad is None
+        if waiting is not None:
+            assert not leaf.main_grad.any()
+            assert len(waiting) == 1
+            with torch.no_grad():
+                waiting[0]()
+        grads.append(leaf.main_grad)
+    assert grads[0].any()
+    assert torch.equal(*grads)
+
+
 def test_onednn_is_taken_only_where_it_is_exact(monkeypatch: pytest.MonkeyPatch):
     matmul.onednn_is_exact.cache_clear()
     with monkeypatch.context() as patched:
