@@ -252,6 +252,60 @@ def test_every_environment_command_in_a_document_exists():
             assert script in hatch[environment or "default"]["scripts"], f"{document.name}: {environment}:{script}"
 
 
+def rows(document: Path) -> Iterator[tuple[str, list[str]]]:
+    """The head of each row of a document's tables, the text above its first column and the names in that column."""
+    head = ""
+    for line in document.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("|"):
+            head = ""
+        elif not head:
+            head = line.split("|")[1].strip(" `")
+        else:
+            yield head, re.findall(r"`([\w.]+)`", line.split("|")[1])
+
+
+def documented_keys() -> set[str]:
+    """The keys of a recipe that docs/recipes.md names, and those in the tables of a section (`memory.`) that it points to.
+
+    A name without its section is of that of the name before it.
+    """
+    page = ROOT / "docs/recipes.md"
+    text = page.read_text(encoding="utf-8")
+    found = {
+        name for names in re.findall(r"not built yet \((.*?)\)", text) for name in re.findall(r"`([\w.]+)`", names)
+    }
+    for document in [page, *sorted({page.parent / link for link in re.findall(r"\]\((\w+\.md)", text)})]:
+        for head, names in rows(document):
+            section = head if head.endswith(".") else ""
+            for name in names if section or (document == page and head == "key") else ():
+                if "." in name or (not section and name == names[0]):
+                    section, _, name = name.rpartition(".")
+                    section += "." if section else ""
+                found.add(section + name)
+    return found
+
+
+def test_the_documents_name_every_key_of_a_recipe_and_no_other():
+    import typing
+
+    from mindspeed_core.recipe import Section
+    from mindspeed_train.config import Recipe
+
+    def keys(section):
+        for name, field in section.model_fields.items():
+            inner = [kind for kind in (field.annotation, *typing.get_args(field.annotation)) if isinstance(kind, type)]
+            sections = [kind for kind in inner if issubclass(kind, Section)]
+            shown = field.alias or name
+            yield from (f"{shown}.{key}" for kind in sections for key in keys(kind))
+            if not sections:
+                yield shown
+
+    known, documented = set(keys(Recipe)), documented_keys()
+    assert len(known) > 90
+    assert known - documented == set()
+    assert documented - known == set()
+
+
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 
 

@@ -111,11 +111,21 @@ def _beside(operation: str, x: Any, weight: Any, ranks: int = 2) -> Any:
     return getattr(matmul_collective.fused(), operation)(x.detach(), weight.detach(), group)
 
 
-def _with_sum(x: Any, weight: Any) -> Any:
+def _with_sums(*weights: Any) -> None:
     import torch
 
-    weight.main_grad = torch.empty(weight.shape, dtype=torch.float32, device="npu")
+    for weight in weights:
+        weight.main_grad = torch.empty(weight.shape, dtype=torch.float32, device="npu")
+
+
+def _linear(x: Any, weight: Any) -> Any:
+    _with_sums(weight)
     return _kernels().matmul.npu(x, weight)
+
+
+def _experts_with_sums(x: Any, *weights: Any) -> Any:
+    _with_sums(*weights)
+    return _kernels().grouped_matmul.npu(x, weights, (4, 0, 2))
 
 
 GOOD: dict[str, tuple[tuple[Shape, ...], Callable[..., Any]]] = {
@@ -174,13 +184,14 @@ GOOD: dict[str, tuple[tuple[Shape, ...], Callable[..., Any]]] = {
         (shape(6, D), shape(32, D), shape(32, D), shape(32, D)),
         lambda x, *weights: _kernels().grouped_matmul.npu(x, weights, (4, 0, 2)),
     ),
+    "grouped_matmul with sums": ((shape(6, D), shape(32, D), shape(32, D), shape(32, D)), _experts_with_sums),
     "permute": ((shape(3, D),), lambda x: _kernels().permute.npu(x, _experts(3), 6)[0]),
     "unpermute": (
         (shape(6, D), shape(3, 2, dtype="float32")),
         lambda x, weights: _kernels().permute.npu_back(x, _experts(3).int().flatten(), weights),
     ),
     "matmul": ((shape(S, B, D), shape(32, D)), lambda x, w: _kernels().matmul.npu(x, w)),
-    "matmul with a sum": ((shape(S, B, D), shape(32, D)), _with_sum),
+    "matmul with a sum": ((shape(S, B, D), shape(32, D)), _linear),
 }
 
 BAD: dict[str, tuple[tuple[Shape, ...], Callable[..., Any]]] = {

@@ -11,7 +11,8 @@ from tests.ascend import calls
 from tests.ascend.trace import golden, traced
 
 pytestmark = pytest.mark.stubs
-NONE_FOR = {"matmul with a sum": [1]}  # inputs whose gradient goes to their sum, not to autograd
+# inputs whose gradient goes to their sum, not to autograd
+NONE_FOR = {"matmul with a sum": [1], "grouped_matmul with sums": [1, 2, 3]}
 
 
 @pytest.fixture(scope="module")

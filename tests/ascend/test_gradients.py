@@ -91,8 +91,11 @@ def build(name: str, mesh: Mesh) -> Any:
     return model.train()
 
 
-def without_gradient(name: str) -> list[str]:
-    """Return the trainable parameters that a forward and a backward pass leave without a gradient of their own shape."""
+def gradients(name: str, *, sums: bool = False) -> dict[str, bool]:
+    """Say of each trainable parameter whether a forward and a backward pass give it a gradient of its own shape.
+
+    With `sums` every parameter has the fp32 sum that data parallelism keeps, to which a kernel may take the gradient.
+    """
     config, layout, ranks = LAYOUTS[name]
     with (
         rank_zero(ParallelConfig(**layout), ranks) as mesh,
@@ -101,6 +104,8 @@ def without_gradient(name: str) -> list[str]:
         without_data(),
     ):
         model = build(config, mesh)
+        for parameter in model.parameters() if sums else ():
+            parameter.main_grad = torch.empty(parameter.shape, dtype=torch.float32)
         tokens = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
         out = model(tokens, labels=tokens, weights=torch.ones(BATCH, LENGTH))
         if model.post_process:
@@ -110,16 +115,42 @@ def without_gradient(name: str) -> list[str]:
             assert out.shape == (LENGTH // cut, BATCH, model.arch.hidden_size)
         out.backward(torch.empty_like(out))
         assert sum(p.numel() for p in model.parameters()) > 5e7
-        return [
-            key
+        return {
+            key: p.grad is not None and (p.grad.shape, p.grad.dtype, p.grad.device) == (p.shape, p.dtype, p.device)
             for key, p in model.named_parameters()
-            if p.grad is None or (p.grad.shape, p.grad.dtype, p.grad.device) != (p.shape, p.dtype, p.device)
-        ]
+        }
+
+
+def without_gradient(name: str) -> list[str]:
+    return [key for key, there in gradients(name).items() if not there]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
     assert without_gradient(name) == []
+
+
+ADDING = ("llama2-7b", "llama2-7b tp8 sp dp2", "llama2-13b tp4 mc2", "mixtral-8x7b tp4 ep2 sp", "deepseek-v2-lite")
+
+
+@pytest.mark.parametrize("name", ADDING)
+def test_gradients_of_linears_and_experts_go_to_their_sums(name: str) -> None:
+    linears = {key: there for key, there in gradients(name, sums=True).items() if "linear" in key}
+    assert len(linears) >= 2 * 4
+    assert not any(linears.values()), linears
+
+
+def test_of_an_input_that_is_gathered_only_a_share_is_kept() -> None:
+    kept: list[tuple[int, ...]] = []
+
+    def note(x: Tensor) -> Tensor:
+        kept.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        gradients("llama2-7b tp8 sp dp2", sums=True)
+    assert (LENGTH // 8, BATCH, 4096) in kept
+    assert (LENGTH, BATCH, 4096) not in kept
 
 
 def test_a_gradient_that_is_lost_is_seen() -> None:

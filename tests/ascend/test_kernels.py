@@ -205,3 +205,25 @@ def test_a_bf16_gradient_is_added_to_its_fp32_sum_unrounded() -> None:
     assert parameter.grad is None
     expected = before + grad.flatten(0, 1).float().T @ x.flatten(0, 1).float()
     torch.testing.assert_close(parameter.main_grad.cpu(), expected, rtol=1e-6, atol=1e-5)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_bf16_gradients_of_experts_are_added_to_their_fp32_sums_unrounded(delayed: bool) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(S, D).bfloat16(), torch.randn(S, 8).bfloat16()
+    before = [torch.randn(8, D) for _ in COUNTS]
+    parameters: list[Any] = [torch.randn(8, D).bfloat16().to("npu").requires_grad_() for _ in COUNTS]
+    waiting: list[Callable[[], None]] = []
+    for parameter, total in zip(parameters, before, strict=True):
+        parameter.main_grad, parameter.waiting = total.to("npu"), waiting if delayed else None
+    grouped_matmul.npu(x.to("npu"), parameters, COUNTS).backward(grad.to("npu"))
+    assert len(waiting) == (3 if delayed else 0), "one of the experts has no rows"
+    if delayed:
+        assert all(torch.equal(p.main_grad.cpu(), total) for p, total in zip(parameters, before, strict=True))
+    with torch.no_grad():
+        for make in waiting:
+            make()
+    runs = zip(parameters, before, grad.float().split(COUNTS), x.float().split(COUNTS), strict=True)
+    for parameter, total, part, rows in runs:
+        assert parameter.grad is None
+        torch.testing.assert_close(parameter.main_grad.cpu(), total + part.T @ rows, rtol=1e-6, atol=1e-5)

@@ -295,6 +295,16 @@ def test_the_product_of_a_cpu_is_the_exact_one_rounded(rows: int, batch: int, dt
             assert (ours.double() - oracle.double()).abs().max() < error * oracle.abs().max(), product
 
 
+def test_the_product_of_no_rows_has_a_gradient_of_zeros():
+    """An expert that no token chose, where experts are computed one after another."""
+    x, weight, grad = (tensor[:0] if tensor.dim() == 3 else tensor for tensor in _linear_cases(3, 2, torch.float32))
+    out = matmul.cpu(x, weight)
+    assert out.shape == (0, 2, 48)
+    found = torch.autograd.grad(out, (x, weight), grad)
+    assert found[0].shape == x.shape
+    assert torch.equal(found[1], torch.zeros_like(weight))
+
+
 def test_the_product_of_a_cpu_passes_gradcheck():
     x, weight, _ = _linear_cases(3, 2, torch.float64)
     assert torch.autograd.gradcheck(matmul.cpu, (x, weight))
@@ -330,6 +340,28 @@ def test_rows_of_an_embedding_are_added_to_main_grad(dtype: torch.dtype):
         embedding.accumulating(tokens, weight).backward(grad)
     assert weight.grad is None
     torch.testing.assert_close(weight.main_grad, before + 2 * exact.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_gradient_of_an_output_layer_waits(wide: bool):
+    hidden, weight, labels, weights = (x.float() if x.is_floating_point() else x for x in _head())
+    grads = []
+    for waiting in (None, []):
+        leaf: Any = torch.nn.Parameter(weight.detach().bfloat16())
+        leaf.main_grad, leaf.waiting = torch.zeros(weight.shape), waiting
+        narrow = hidden.detach().bfloat16().requires_grad_()
+        cross_entropy.chunked(
+            narrow, leaf, labels, weights, vocab_size=13, chunk=0, product=matmul.cpu, wide=wide
+        ).backward()
+        assert leaf.grad is None
+        if waiting is not None:
+            assert not leaf.main_grad.any()
+            assert len(waiting) == 1
+            with torch.no_grad():
+                waiting[0]()
+        grads.append(leaf.main_grad)
+    assert grads[0].any()
+    assert torch.equal(*grads)
 
 
 def test_onednn_is_taken_only_where_it_is_exact(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -99,3 +102,77 @@ def test_rows_travel_in_pieces() -> None:
     part = ROWS * BATCH // 4
     expected = [("gather", part * K)] * 4 + [("gather", 4 * part * K)] + [("scatter", 2 * part * K)] * 4
     assert run_ranks(_travels, 2, 2) == [expected] * 2
+
+
+def _learned(call: Callable[[Any], Tensor], weight: Tensor, grad: Tensor, **marks: Any) -> Any:
+    """A weight after a backward pass, which has a sum in which something is already."""
+    parameter: Any = torch.nn.Parameter(weight.clone())
+    parameter.main_grad = torch.ones(weight.shape)
+    for mark, value in marks.items():
+        setattr(parameter, mark, value)
+    call(parameter).backward(grad)
+    return parameter
+
+
+def _sums(dtype: torch.dtype) -> dict[str, list[bool]]:
+    """Per operation and number of pieces: what holds of the sum that a weight has for its gradient."""
+    import torch.distributed as dist
+
+    from mindspeed_core.kernels import matmul, matmul_add, matmul_collective
+
+    rank, group = dist.get_rank(), dist.group.WORLD
+    assert group is not None
+    x, weight, grad = _whole(2, BATCH, dtype)
+    rows, columns = slice(rank * ROWS, (rank + 1) * ROWS), slice(rank * N, (rank + 1) * N)
+    cut, across = grad[..., columns].contiguous(), weight.T[:, columns].contiguous()
+    # operation, its input, weight and gradient; then the rows and their gradients of a linear without a collective
+    cases: dict[str, tuple[Any, ...]] = {
+        "gather": (matmul_collective.gather_matmul, x[rows], weight[columns], cut, x, cut),
+        "scatter": (matmul_collective.matmul_scatter, cut, across, x[rows], cut, x),
+        "reduce": (matmul_collective.matmul_reduce, cut, across, x, cut, x),
+    }
+    made: list[Tensor] = []
+    add = matmul_add.add
+
+    def counted(into: Tensor, product: Tensor) -> None:
+        made.append(product)
+        add(into, product)
+
+    def untouched(parameter: Any) -> bool:
+        return not made and bool((parameter.main_grad == 1).all())
+
+    found: dict[str, list[bool]] = {}
+    for (name, case), chunks in itertools.product(cases.items(), (1, 4)):
+        operation, mine, w, back, seen, whole = case
+        expected = _learned(partial(matmul.cpu, seen), w, whole).main_grad
+        ours, native = (matmul_collective.chunked(chunks, side) for side in (matmul.cpu, matmul.native))
+        call = partial(operation, mine.clone().requires_grad_(), group=group, side=ours)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(matmul_add, "add", counted)
+            once = _learned(call, w, back)
+            checks = [len(made) == 1, once.grad is None, torch.equal(once.main_grad, expected)]
+            made.clear()
+            waiting: list[Any] = []
+            late = _learned(call, w, back, waiting=waiting)
+            checks += [untouched(late), late.grad is None, len(waiting) == 1]
+            with torch.no_grad():
+                waiting[0]()
+            checks += [len(made) == 1, torch.equal(late.main_grad, expected)]
+            made.clear()
+            apart = _learned(call, w, back, adds_apart=True)
+            checks += [untouched(apart), apart.grad is not None]
+            # the linears of the reference leave gradients to autograd
+            reference = _learned(partial(call, side=native), w, back)
+            checks += [untouched(reference), reference.grad is not None]
+            frozen = _learned(call, w, back, requires_grad=False)
+            checks += [untouched(frozen), frozen.grad is None]
+        found[f"{name} in {chunks}"] = checks
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_weights_go_where_those_of_other_linears_go(dtype: torch.dtype) -> None:
+    for found in run_ranks(_sums, 2, dtype):
+        assert len(found) == 6
+        for name, checks in found.items():
+            assert all(checks), f"{name}: {checks}"

@@ -205,8 +205,12 @@ def _weights_may_wait(case: Case) -> str | None:
         lines.append(f"{key}: a sum of optim.overlap_grad_reduce begins before they are made; leave one of them out")
     if not optim.fused_accumulation:
         lines.append(f"{key}: makes and adds them in one, which is optim.fused_accumulation; leave one of them out")
-    if case.recipe.kernels.matmul == "reference" or case.device == "cuda":
-        lines.append(f"{key}: is of the products of CPUs and NPUs; leave it out, and kernels.matmul at auto")
+    kernels = [name for name in ("matmul", "grouped_matmul") if getattr(case.recipe.kernels, name) == "reference"]
+    if kernels or case.device == "cuda":
+        lines += [
+            f"{key}: is of the products of CPUs and NPUs; leave it out, and kernels.{name} at auto"
+            for name in kernels or ["matmul"]
+        ]
     return "\n".join(lines) or None
 
 

@@ -52,14 +52,16 @@ def chunked(
     and autograd sees none.
     """
     chunk = chunk or max(1, hidden.shape[0])
-    into = matmul_add.sum_of(weight) if product is not matmul.native else None
+    # asked before `wide` makes a tensor of its own of the weight
+    adds = None if product is matmul.native else partial(matmul.accumulate, product=product)
+    into, adding = None if adds is None else matmul_add.sum_of(weight), matmul_add.adding_to(weight, adds)
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # the gradients are made on the way
     if wide and hidden.dtype != torch.float32:
         hidden, weight = hidden.float(), weight.float()  # once for all chunks; autograd casts the gradients back
     split = _Split.of(weight, vocab_size, group)
     if hidden.shape[0] <= chunk:
-        return _Whole.apply(hidden, weight, labels, weights, split, product, into)
+        return _Whole.apply(hidden, weight, labels, weights, split, product, adding)
     return _Chunked.apply(hidden, weight, labels, weights, split, product, into, chunk)
 
 
@@ -92,11 +94,11 @@ class _Whole(torch.autograd.Function):
         weights: Tensor,
         split: _Split,
         product: Product,
-        into: Tensor | None,
+        adding: matmul_add.Adding | None,
     ) -> Tensor:
         logits = product(hidden, weight)
         total = _differentiate(logits, labels, weights, split)
-        ctx.product, ctx.into, ctx.waiting = product, into, matmul_add.waiting_of(weight)
+        ctx.product, ctx.adding = product, adding
         ctx.save_for_backward(logits, hidden, weight)
         return total
 
@@ -107,12 +109,7 @@ class _Whole(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_hidden = ctx.product(logits, weight.T) * grad.to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            hidden = hidden * grad.to(hidden.dtype)
-            if ctx.into is None:
-                grad_weight = ctx.product(logits.T, hidden.T)
-            else:
-                add = partial(matmul.accumulate, product=ctx.product)
-                matmul_add.make(ctx.waiting, add, ctx.into, logits, hidden)
+            grad_weight = matmul.weight_gradient(logits, hidden * grad.to(hidden.dtype), ctx.product, ctx.adding)
         return grad_hidden, grad_weight, *(None,) * 5
 
 

@@ -3,6 +3,9 @@
 rows 0..2 x weight 0        counts [3, 0, 2]
 nothing   x weight 1        an expert without rows gets a gradient of zeros, not none: data parallelism waits for it
 rows 3..4 x weight 2
+
+Where weights have sums for their gradients (`matmul_add`), each run of rows goes to the sum of its own weight, as a linear's
+does, and there is nothing to add for an expert without rows.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindspeed_core.kernels import matmul
+from mindspeed_core.kernels import matmul, matmul_add
 
 WIDTH = 8  # bf16 features that make the 16 bytes by which rows must be aligned for CUTLASS's grouped kernel
 
@@ -28,7 +31,7 @@ def reference(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Te
 
 def cpu(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """As `reference`, each product by the fastest kernel of this CPU."""
-    return _Looped.apply(matmul.product, tuple(counts), x, *weights)
+    return _Looped.apply(matmul.cpu, tuple(counts), x, *weights)
 
 
 def cuda(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
@@ -53,6 +56,7 @@ class _Looped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, product: matmul.Product, counts: tuple[int, ...], x: Tensor, *weights: Tensor) -> Tensor:
         ctx.product, ctx.counts = product, counts
+        ctx.adding = [matmul_add.adding_to(weight, matmul.ADDS.get(product)) for weight in weights]
         ctx.save_for_backward(x, *weights)
         out = x.new_empty(x.shape[0], weights[0].shape[0])
         for rows, result, weight in zip(x.split(counts), out.split(counts), weights, strict=True):
@@ -67,7 +71,7 @@ class _Looped(torch.autograd.Function):
         grad_x = torch.empty_like(x) if needs_x else None
         grads: list[Tensor | None] = []
         start = 0
-        for weight, count, needed in zip(weights, ctx.counts, needs_weight, strict=True):
+        for weight, count, needed, adding in zip(weights, ctx.counts, needs_weight, ctx.adding, strict=True):
             rows = slice(start, start + count)
             start += count
             if grad_x is not None and count:
@@ -75,16 +79,17 @@ class _Looped(torch.autograd.Function):
             if not needed:
                 grads.append(None)
             elif count:
-                grads.append(ctx.product(grad[rows].T, x[rows].T))
+                grads.append(matmul.weight_gradient(grad[rows], x[rows], ctx.product, adding))
             else:
-                grads.append(torch.zeros_like(weight))
+                grads.append(torch.zeros_like(weight) if adding is None else None)
         return None, None, grad_x, *grads
 
 
 class _Npu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, ...], x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.counts = torch.tensor(counts, device=x.device)
+        ctx.runs, ctx.counts = counts, torch.tensor(counts, device=x.device)
+        ctx.adding = [matmul_add.adding_to(weight, matmul.ADDS[matmul.npu]) for weight in weights]
         ctx.save_for_backward(x, *weights)
         return _fused(x, torch.stack(weights).transpose(1, 2), ctx.counts, group_type=0)
 
@@ -92,10 +97,15 @@ class _Npu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, *weights = ctx.saved_tensors
         grad_x = _fused(grad, torch.stack(weights), ctx.counts, group_type=0) if ctx.needs_input_grad[1] else None
-        if not any(ctx.needs_input_grad[2:]):
-            return None, grad_x, *([None] * len(weights))
-        # the sum runs over the rows of each expert; where there are none the kernel writes zeros
-        return None, grad_x, *_fused(grad.T, x, ctx.counts, group_type=2).unbind(0)
+        needed = ctx.needs_input_grad[2:]
+        if any(needs and adding is None for needs, adding in zip(needed, ctx.adding, strict=True)):
+            # the sum runs over the rows of each expert; where there are none the kernel writes zeros
+            return None, grad_x, *_fused(grad.T, x, ctx.counts, group_type=2).unbind(0)
+        # the kernel that adds wants the sums of all experts in one tensor, and they lie apart
+        for needs, adding, part, rows in zip(needed, ctx.adding, grad.split(ctx.runs), x.split(ctx.runs), strict=True):
+            if needs and len(rows):
+                adding(part, rows)
+        return None, grad_x, *([None] * len(weights))
 
 
 def _fused(a: Tensor, b: Tensor, counts: Tensor, *, group_type: int) -> Tensor:

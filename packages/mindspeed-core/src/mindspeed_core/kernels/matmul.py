@@ -34,20 +34,21 @@ def cpu(x: Tensor, weight: Tensor) -> Tensor:
     Where the weight has a `main_grad` its gradient is added there and autograd sees none.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Linear.apply(x, weight, product)
+        return _Linear.apply(x, weight, product, ADDS[cpu])
     return product(x, weight)
 
 
 def npu(x: Tensor, weight: Tensor) -> Tensor:
     """As `native`; a gradient that has a sum to go to is added there by the same kernel that makes it."""
     if torch.is_grad_enabled() and weight.requires_grad and matmul_add.sum_of(weight) is not None:
-        return _Linear.apply(x, weight, native, matmul_add.npu)
+        return _Linear.apply(x, weight, native, ADDS[npu])
     return native(x, weight)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x @ weight.T without a gradient."""
-    if x.dtype == torch.float32 and onednn_is_exact() and x.numel() >= LEAST * x.shape[-1]:
+    # a sum over nothing, the gradient of an expert without rows, is none of oneDNN's either
+    if x.dtype == torch.float32 and onednn_is_exact() and x.numel() >= LEAST * max(1, x.shape[-1]):
         return onednn(x, weight)
     if x.dtype == torch.bfloat16 and widens() and x.numel() > FEW * x.shape[-1]:
         return widened(x, weight)
@@ -93,11 +94,22 @@ def accumulate(into: Tensor, grad: Tensor, x: Tensor, product: Product) -> None:
         matmul_add.add(into, product(grad.T, x.T))
 
 
+# how the linears of a side bring gradients of weights to their sums; those of others leave them to autograd
+ADDS: dict[Product, matmul_add.Add] = {cpu: partial(accumulate, product=product), npu: matmul_add.npu}
+
+
+def weight_gradient(grad: Tensor, x: Tensor, product: Product, adding: matmul_add.Adding | None) -> Tensor | None:
+    """Return the gradient of a weight, grad.T @ x of grad [m, n] and x [m, k]; None where it goes to its sum instead."""
+    if adding is None:
+        return product(grad.T, x.T)
+    adding(grad, x)
+    return None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product, add: matmul_add.Add | None = None) -> Tensor:
-        ctx.add = add or partial(accumulate, product=product)
-        ctx.product, ctx.into, ctx.waiting = product, matmul_add.sum_of(weight), matmul_add.waiting_of(weight)
+        ctx.product, ctx.adding = product, matmul_add.adding_to(weight, add)
         ctx.save_for_backward(x, weight)
         return product(x, weight)
 
@@ -108,9 +120,5 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = ctx.product(grad, weight.T)
         if ctx.needs_input_grad[1]:
-            rows, grad = x.flatten(0, -2), grad.flatten(0, -2)
-            if ctx.into is None:
-                grad_weight = ctx.product(grad.T, rows.T)
-            else:
-                matmul_add.make(ctx.waiting, ctx.add, ctx.into, grad, rows)
+            grad_weight = weight_gradient(grad.flatten(0, -2), x.flatten(0, -2), ctx.product, ctx.adding)
         return grad_x, grad_weight, None, None

@@ -15,6 +15,7 @@ from torch import Tensor
 PIECE = 1 << 19  # elements that are widened at a time: they stay in the last cache
 
 Add = Callable[[Tensor, Tensor, Tensor], None]  # to [n, k], of grad [m, n] and x [m, k]
+Adding = Callable[[Tensor, Tensor], None]  # the same to the sum of one weight, at once or in its turn
 Waiting = list[Callable[[], None]]  # what makes gradients that others are in more of a hurry than
 
 
@@ -26,6 +27,12 @@ def sum_of(weight: Tensor) -> Tensor | None:
 def waiting_of(weight: Tensor) -> Waiting | None:
     """Return where the gradient of a weight shall wait to be made; None: it is made at once."""
     return getattr(weight, "waiting", None)
+
+
+def adding_to(weight: Tensor, add: Add | None) -> Adding | None:
+    """Return what brings the gradient of a weight to its sum; None: autograd shall have it."""
+    into = sum_of(weight)
+    return None if into is None or add is None else partial(make, waiting_of(weight), add, into)
 
 
 def make(waiting: Waiting | None, add: Add, into: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -49,7 +56,7 @@ def npu(into: Tensor, grad: Tensor, x: Tensor) -> None:
     if into.dtype != torch.float32 or grad.dtype == torch.float32:
         reference(into, grad, x)
         return
-    rows = torch.tensor([x.shape[0]], device=x.device)
+    rows = torch.full((1,), x.shape[0], device=x.device)  # made there: a copy from the host would wait for the device
     torch.ops.npu.npu_grouped_matmul_add_(into[None], grad, x, rows, transpose_x=True, group_type=2)
 
 

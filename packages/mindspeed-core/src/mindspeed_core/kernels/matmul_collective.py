@@ -11,6 +11,9 @@ same sums:
     chunked   rows in pieces, the collective of one piece while the product of another runs ("CoC", communication over
               computation)
     fused     one operator of the NPU does both ("MC2")
+
+The gradient of a weight has a product of its own, which ends as that of a linear without a collective: in the sum that the
+weight has for it, at once or in its turn, where that side's linears bring it there.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mindspeed_core.kernels import collective, matmul
+from mindspeed_core.kernels import collective, matmul, matmul_add
 from mindspeed_core.kernels.matmul import Product
 
 # what the NPU's operators take, by their documentation
@@ -42,6 +45,10 @@ class Collectives:
     reduce: Callable[[Tensor, Tensor, Any], Tensor]
     product: Product = matmul.native  # what no collective stands beside
 
+    def adding_to(self, weight: Tensor) -> matmul_add.Adding | None:
+        """Return what brings the gradient of a weight to its sum; None: autograd shall have it."""
+        return matmul_add.adding_to(weight, matmul.ADDS.get(self.product))
+
 
 def select(kind: str, device_type: str, *, chunks: int, product: Product) -> Collectives | None:
     """Return the side that `parallel.collective_matmul` names, None for Megatron's own linears."""
@@ -49,7 +56,8 @@ def select(kind: str, device_type: str, *, chunks: int, product: Product) -> Col
         return None
     if kind == "coc":
         return chunked(chunks, product)
-    return fused() if device_type == "npu" else plain(product)  # only an NPU has the operators; the sums are the same
+    side = fused if device_type == "npu" else plain  # only an NPU has the operators; the sums are the same
+    return side(product)
 
 
 def plain(product: Product = matmul.native) -> Collectives:
@@ -67,9 +75,9 @@ def chunked(chunks: int, product: Product = matmul.native) -> Collectives:
     )
 
 
-def fused() -> Collectives:
+def fused(product: Product = matmul.native) -> Collectives:
     """Return the NPU's own operators."""
-    return Collectives(gather=_npu_gather, scatter=_npu_scatter, reduce=_npu_reduce)
+    return Collectives(gather=_npu_gather, scatter=_npu_scatter, reduce=_npu_reduce, product=product)
 
 
 def gather_matmul(x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
@@ -90,7 +98,7 @@ def matmul_reduce(x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Col
 class _GatherMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
-        ctx.group, ctx.side = group, side
+        ctx.group, ctx.side, ctx.adding = group, side, side.adding_to(weight)
         ctx.save_for_backward(x, weight)  # this rank's rows: all of them are gathered again for the gradient
         out, _ = side.gather(x.flatten(0, -2), weight, group)
         return out.view(-1, *x.shape[1:-1], out.shape[-1])
@@ -104,13 +112,13 @@ class _GatherMatmul(torch.autograd.Function):
         grad = grad.flatten(0, -2).contiguous()
         grad_x = ctx.side.scatter(grad, weight.T, ctx.group).view_as(x)
         arriving.wait()
-        return grad_x, ctx.side.product(grad.T, everything.T), None, None
+        return grad_x, _weight_gradient(ctx, grad, everything), None, None
 
 
 class _MatmulScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
-        ctx.group, ctx.side = group, side
+        ctx.group, ctx.side, ctx.adding = group, side, side.adding_to(weight)
         ctx.save_for_backward(x, weight)
         out = side.scatter(x.flatten(0, -2), weight, group)
         return out.view(-1, *x.shape[1:-1], out.shape[-1])
@@ -119,21 +127,27 @@ class _MatmulScatter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad_x, everything = ctx.side.gather(grad.flatten(0, -2).contiguous(), weight.T, ctx.group)
-        return grad_x.view_as(x), ctx.side.product(everything.T, x.flatten(0, -2).T), None, None
+        return grad_x.view_as(x), _weight_gradient(ctx, everything, x.flatten(0, -2)), None, None
 
 
 class _MatmulReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, side: Collectives) -> Tensor:
-        ctx.side = side
+        ctx.side, ctx.adding = side, side.adding_to(weight)
         ctx.save_for_backward(x, weight)
         return side.reduce(x.flatten(0, -2), weight, group).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors  # the sum is already known everywhere, and so is its gradient
-        rows, product = grad.flatten(0, -2), ctx.side.product
-        return product(rows, weight.T).view_as(x), product(rows.T, x.flatten(0, -2).T), None, None
+        rows = grad.flatten(0, -2)
+        return ctx.side.product(rows, weight.T).view_as(x), _weight_gradient(ctx, rows, x.flatten(0, -2)), None, None
+
+
+def _weight_gradient(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
+    if not ctx.needs_input_grad[1]:
+        return None
+    return matmul.weight_gradient(grad, x, ctx.side.product, ctx.adding)
 
 
 def _pieces(rows: int, chunks: int) -> int:

@@ -25,8 +25,7 @@ class _DeviceProduct:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         """Return input @ weight.T + bias, with the collective before it that Megatron's own function folds in."""
-        # on an NPU Megatron gathers the input a second time rather than keep it whole: worth more than a fused addition
-        if self.kernels.matmul is matmul.native or (self.kernels.matmul is matmul.npu and kwargs["sequence_parallel"]):
+        if self.kernels.matmul is matmul.native:
             megatron: Any = super()
             return megatron._forward_impl(input, weight, **kwargs)
         if kwargs["sequence_parallel"]:
@@ -65,6 +64,9 @@ class ColumnLinear(_DeviceProduct, ColumnParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         side = self.kernels.collectives
+        if side is None and self.kernels.matmul is matmul.npu:
+            # of the input only this rank's share is kept, as in Megatron's own: it is gathered a second time for the gradient
+            side = matmul_collective.plain(matmul.npu)
         if side is None or not kwargs["sequence_parallel"]:
             return super()._forward_impl(input, weight, **kwargs)
         out = matmul_collective.gather_matmul(input, weight, kwargs["tp_group"], side)
