@@ -134,6 +134,12 @@ def test_marks_that_are_no_single_tokens_are_refused(tokenizer: Path, tmp_path: 
         (["--placeholder", "ки"], "--placeholder: 'ки' is 4 tokens for the tokenizer in"),
         (["--placeholder", "@", "--reward-tokens", "+ --"], "--reward-tokens: '--' is 2 tokens"),
         (["--placeholder", "@", "--reward-tokens", "+ @"], "they must be different tokens"),
+        (["--placeholder", "@", "--reward-tokens", "+ - +"], "they must be different tokens"),
+        (["--placeholder", "@", "--reward-tokens", "+"], "'+' names 1 token; at least two are needed"),
+        (["--placeholder", "@", "--reward-tokens", "+ +"], "'+ +' names 1 token; at least two are needed"),
+        (["--placeholder", "@", "--reward-tokens", " "], "'' names 0 tokens; at least two are needed"),
+        (["--placeholder", ""], "--placeholder: '' is 0 tokens"),
     ):
-        run = data(*command, *options)
-        assert (run.returncode, said in run.stderr) == (2, True), run.stderr
+        for format in ("placeholder", "math-shepherd", "stepwise"):
+            run = data(*command, *options, "--format", format)
+            assert (run.returncode, said in run.stderr, len(run.stderr.splitlines())) == (2, True, 1), run.stderr

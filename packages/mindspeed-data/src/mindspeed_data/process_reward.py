@@ -32,6 +32,13 @@ class Marks:
     placeholder: str = "ки"
     rewards: tuple[str, ...] = ("+", "-")
 
+    def __post_init__(self) -> None:
+        if len(set(self.rewards)) < 2:  # with one alone, bad steps would be labelled good
+            raise InputError(
+                f"--reward-tokens: {' '.join(self.rewards)!r} names {len(set(self.rewards))} token"
+                f"{'' if self.rewards else 's'}; at least two are needed, the best first, as in '+ -'"
+            )
+
 
 @dataclass(frozen=True)
 class Solution:

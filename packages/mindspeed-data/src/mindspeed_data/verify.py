@@ -122,6 +122,7 @@ def _faults_of_packing(files: dict[str, IndexedDataset], known: Sidecar | None) 
 
 def _faults_of_labels(ids: IndexedDataset, labels: IndexedDataset, known: Sidecar | None) -> Iterator[str]:
     allowed = None if known is None else known.stand_ins
+    first = 0 if known is not None and known.kind == "process_reward" else 1  # behind which tokens are predicted
     for i in range(len(ids)):
         learned = labels[i] != IGNORED
         others = set(labels[i][learned & (labels[i] != ids[i])].tolist())
@@ -130,6 +131,6 @@ def _faults_of_labels(ids: IndexedDataset, labels: IndexedDataset, known: Sideca
         if not others <= (allowed or set()):
             yield f"{path_of(labels.prefix, '.bin')}: sample {i} has a label that is not the id beside it"
             return
-        if not learned.any():
+        if not learned[first:].any():
             yield f"{path_of(labels.prefix, '.bin')}: nothing of sample {i} is learned"
             return
