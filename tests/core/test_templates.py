@@ -256,6 +256,62 @@ def test_thoughts_stay_are_learned_or_are_left_out(name: str) -> None:
     assert tokenizer.decode([i for i in last.labels if i != IGNORED]).startswith(f"{mark}Yes.")
 
 
+@pytest.mark.parametrize("name", sorted(THOUGHTS))
+def test_a_thought_may_stand_beside_its_answer(name: str) -> None:
+    tokenizer = Letters()
+    within = [TURNS[0], {"role": "assistant", "content": THOUGHTS[name][0] + "think"}]
+    beside = [TURNS[0], {"role": "assistant", "content": "think", "thought": "Hm."}]
+    for thinking in (None, True, False):
+        chosen = template(name, thinking=thinking)
+        for more in ([], TURNS[2:]):
+            for learn in ("answers", "last"):
+                expected = chosen.encode(tokenizer, [*within, *more], learn=learn)
+                assert chosen.encode(tokenizer, [*beside, *more], learn=learn) == expected
+        expected = chosen.prompt(tokenizer, [*within, TURNS[2]])
+        assert chosen.prompt(tokenizer, [*beside, TURNS[2]]) == expected
+    assert "Hm." in tokenizer.decode(template(name).encode(tokenizer, beside).ids)
+
+
+def test_a_thought_that_a_template_would_lose_is_refused(tmp_path: Path) -> None:
+    messages = [TURNS[0], {"role": "assistant", "content": "think", "thought": "Hm."}]
+    with pytest.raises(ValueError, match="template qwen writes no thoughts that stand beside an answer"):
+        template("qwen").encode(Letters(), messages)
+    own = Tokenizer.load(tiny_tokenizer(tmp_path, eos="<|eot_id|>", chat_template=LLAMA3))
+    with pytest.raises(ValueError, match="the tokenizer's chat template writes no reasoning_content"):
+        template(None).encode(own, messages)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("content", ["", "Let me see."])
+@pytest.mark.parametrize("before", [[], TURNS[:2]])
+@pytest.mark.parametrize("thought", ["Hm.", "\nHm.\n\nYes.\n"])
+def test_thoughts_beside_answers_equal_the_tokenizers_own_template(
+    qwen3: Tokenizer, content: str, before: list[dict[str, Any]], thought: str
+) -> None:
+    call = {"role": "function", "content": content, "thought": thought, "calls": [CALL]}
+    answer = {**TURNS[3], "thought": thought}
+    ours = [*before, SEVERAL[0], call, SEVERAL[2], answer]
+    called = {"tool_calls": [{"type": "function", "function": CALL}]}
+    theirs = [
+        *before,
+        SEVERAL[0],
+        {"role": "assistant", "content": content, "reasoning_content": thought, **called},
+        {"role": "tool", "content": SEVERAL[2]["content"]},
+        {**TURNS[3], "reasoning_content": thought},
+    ]
+    tools = [{"type": "function", "function": WEATHER}]
+    ids = qwen3.hf.apply_chat_template(theirs, tools=tools, return_dict=False)
+    assert "Hm." in qwen3.decode(ids)
+    assert template("qwen3").encode(qwen3, ours, tools=[WEATHER], learn="last").ids == ids
+    own = template(None).encode(qwen3, ours, tools=[WEATHER], learn="last")
+    assert [*own.ids, *qwen3.encode("\n")] == ids
+    learned = qwen3.decode([i for i in own.labels if i != IGNORED], skip_special=False)
+    assert learned == f"<think>\n{thought.strip()}\n</think>\n\nYes.<|im_end|>"
+    ids = qwen3.hf.apply_chat_template(theirs[:-1], tools=tools, add_generation_prompt=True, return_dict=False)
+    assert template("qwen3").prompt(qwen3, ours[:-1], tools=[WEATHER]) == ids
+    assert template(None).prompt(qwen3, ours[:-1], tools=[WEATHER]) == ids
+
+
 @pytest.mark.parametrize("name", sorted(WITH_TOOLS))
 def test_tools_and_calls_are_written(name: str) -> None:
     tokenizer = Letters()
@@ -520,11 +576,14 @@ def test_a_tokenizer_without_the_answers_end_is_refused(tmp_path: Path) -> None:
         ([TURNS[0], TURNS[0]], "message 2 is from user, not from assistant or function"),
         ([*WITH_CALL[:3], TURNS[0]], "message 4 is from user, not from assistant or function or observation"),
         (TURNS[:1], "not an answer"),
+        ([SYSTEM, *TURNS], "two system texts"),
     ],
 )
 def test_messages_that_do_not_alternate_are_refused(messages: list[dict[str, str]], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        TEMPLATES["chatml"].encode(Letters(), messages)
+        TEMPLATES["chatml"].encode(Letters(), messages, "Be kind." if messages[:1] == [SYSTEM] else None)
+    if messages == [SYSTEM, *TURNS]:
+        return
     if messages == TURNS[:1]:
         messages = TURNS[:2]
         said = "not a question"

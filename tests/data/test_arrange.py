@@ -295,6 +295,11 @@ def test_data_sets_are_joined(tokenizer: Path, tmp_path: Path) -> None:
     ]:
         run = data("merge", *arguments)
         assert (run.returncode, said in run.stderr, "Traceback" in run.stderr) == (2, True, False), run.stderr
+    (tmp_path / "in.json").write_text(json.dumps(ROWS[:2]))
+    answers = ["sft", tmp_path / "in.json", "--template", "chatml", "--tokenizer", tokenizer, "--output"]
+    assert data(*answers, tmp_path / "f").returncode == 0
+    run = data("merge", tmp_path / "f", tmp_path / "f", "--output", tmp_path / "x")
+    assert (run.returncode, "another kind of data has this prefix" in run.stderr) == (2, True), run.stderr
     texts(tmp_path / "e.jsonl", "e", 9)
     assert data(*command, tmp_path / "e", tmp_path / "e.jsonl", "--shard", "2/3").returncode == 0
     assert "of its 3 shards e-00001-of-00003, e-00003-of-00003 are missing" in data("merge", tmp_path / "e").stderr

@@ -89,6 +89,33 @@ def test_calls_and_tools_are_the_same_in_both_formats() -> None:
     }
 
 
+def test_messages_of_openai_lose_nothing() -> None:
+    """Neither what was thought before an answer, nor a call as it was written when a message had but one."""
+    legacy = [
+        {"role": "user", "content": "a"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "function_call": {"name": "search", "arguments": '{"q": "fox"}'},
+        },
+        {"role": "function", "name": "search", "content": "o"},
+        {"role": "assistant", "content": "b", "reasoning_content": "so", "tool_calls": None},
+    ]
+    assert read("openai", {"messages": legacy}).messages == (
+        {"role": "user", "content": "a"},
+        {"role": "function", "content": "", "thought": "hm", "calls": [CALL]},
+        {"role": "observation", "content": "o"},
+        {"role": "assistant", "content": "b", "thought": "so"},
+    )
+    named = [{**legacy[3], "reasoning": "so"}]
+    del named[0]["reasoning_content"]
+    found = read("openai", {"messages": [*legacy[:3], *named]}, thought_tag="reasoning")
+    assert [message.get("thought") for message in found.messages] == [None, None, None, "so"]
+    system = {"role": "system", "content": "s"}
+    assert read("openai", {"messages": [system, *legacy], "system": "s"}).system == "s"
+
+
 BAD = [  # what a row holds, and why it is left out
     ("alpaca", {"instruction": " ", "input": "", "output": "b"}, "empty question"),
     ("alpaca", {"instruction": "a", "output": ""}, "empty answer"),
@@ -150,6 +177,31 @@ BAD = [  # what a row holds, and why it is left out
         "openai",
         {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
         "wrong role: message 1 calls functions and is from user",
+    ),
+    (
+        "openai",
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "function_call": "x"}]},
+        "a function call without name and arguments: message 2",
+    ),
+    (
+        "openai",
+        {"messages": [{"role": "assistant", "content": "b", "function_call": CALL, "tool_calls": [CALL]}]},
+        "calls twice: message 1 has tool_calls and function_call",
+    ),
+    (
+        "openai",
+        {"messages": [{"role": "user", "content": "a", "reasoning_content": "hm"}]},
+        "wrong role: message 1 has reasoning_content and is from user",
+    ),
+    (
+        "openai",
+        {"messages": [{"role": "assistant", "content": "b", "reasoning_content": ["hm"]}]},
+        "reasoning_content is a list, not a text",
+    ),
+    (
+        "openai",
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}], "system": "t"},
+        "two system texts: that of the conversation is not that of its first message",
     ),
     (
         "openai",

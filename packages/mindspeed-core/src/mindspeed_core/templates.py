@@ -66,6 +66,7 @@ class Thought:
     start: str
     end: str
     empty: str
+    written: str  # with a place for the thought: what stands before the content of an answer that has one beside it
     in_history: bool = False  # earlier answers, whose thoughts are left out, have the empty one
 
     def within(self, text: str) -> bool:
@@ -73,6 +74,10 @@ class Thought:
 
     def removed(self, text: str) -> str:
         return re.sub(f"{re.escape(self.start)}.*?{re.escape(self.end)}", "", text, flags=re.DOTALL).lstrip("\n")
+
+    def before(self, thought: str, text: str) -> str:
+        """Return a thought and the text that follows it."""
+        return "".join(_filled((self.written,), thought=thought.strip("\n"))) + text.lstrip("\n")
 
 
 @dataclass(frozen=True)
@@ -220,11 +225,10 @@ class Template:
 
     def _answer(self, tokenizer: Tokenizer, question: list[int], message: Message) -> Turn:
         """A question and the answer that is learned, with the empty thought that it lacks."""
-        if self.thought is None:
-            return question, self._written(tokenizer, message)
-        if self.thinking is False:
-            message = {**message, "content": self.thought.removed(message["content"])}
+        message = self._thought_of(message, kept=self.thinking is not False)
         answer = self._written(tokenizer, message)
+        if self.thought is None:
+            return question, answer
         if self.thought.within(message["content"]):
             return question, answer
         if self.thinking:
@@ -233,12 +237,23 @@ class Template:
 
     def _past(self, tokenizer: Tokenizer, message: Message, *, current: bool) -> list[int]:
         """An answer given earlier. A thought of the current question stays, others are left out."""
-        if self.thought is None:
-            return self._written(tokenizer, message)
-        if not current or self.thinking is False:
-            message = {**message, "content": self.thought.removed(message["content"])}
-        unthought = self.thought.in_history and not self.thought.within(message["content"])
+        message = self._thought_of(message, kept=current and self.thinking is not False)
+        thought = self.thought
+        unthought = thought is not None and thought.in_history and not thought.within(message["content"])
         return (self._unthought(tokenizer) if unthought else []) + self._written(tokenizer, message)
+
+    def _thought_of(self, message: Message, *, kept: bool) -> Message:
+        """An answer whose thought stands within its content, or nowhere."""
+        beside, content = message.get("thought", ""), message["content"]
+        if self.thought is None:
+            if beside:
+                raise ValueError(f"template {self.name} writes no thoughts that stand beside an answer")
+            return message
+        if not kept:
+            content = self.thought.removed(content)
+        elif beside:
+            content = self.thought.before(beside, content)
+        return {**message, "content": content, "thought": ""}
 
     def _unthought(self, tokenizer: Tokenizer) -> list[int]:
         return [] if self.thought is None else tokenizer.encode(self.thought.empty)
