@@ -550,13 +550,51 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         template("qwen", thinking=False)
     with pytest.raises(InputError, match=r"template chatglm2 writes \[gMASK\] as one token, which the tokenizer in"):
         TEMPLATES["chatglm2"].check(tokenizer)
+    with pytest.raises(InputError, match=r"template gemma writes <start_of_turn> .* fits .*: alpaca, .* llama3, .*, trl$"):
+        TEMPLATES["gemma"].check(tokenizer)
     object.__setattr__(tokenizer, "eos", None)
     with pytest.raises(InputError, match="names none"):
         TEMPLATES["alpaca"].check(tokenizer)
+    unended = Letters()
+    unended.eos = None
     with pytest.raises(InputError, match="names none"):
-        TEMPLATES["gemma"].check(tokenizer)
+        TEMPLATES["gemma"].check(unended)
     TEMPLATES["empty"].check(tokenizer)
     TEMPLATES["chatml"].check(tokenizer)
+
+
+PLAIN = {"alpaca", "cpm", "deepseek2", "deepseek2-lite", "default", "empty", "hunyuan", "llama2", "minicpm3", "mistral"}
+PLAIN |= {"mixtral", "trl"}  # text alone, to the tokenizers of their own models, too
+CHATML_KIN = {"chatml", "chatml_de", "intern2", "qwen", "qwen3", "qwen_math_r1", "qwen_r1"}
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("folder", "fitting"),
+    [("gpt2", PLAIN), ("mistral_v1", PLAIN), ("mistral_v3", PLAIN), ("qwen3", PLAIN | CHATML_KIN)],
+)
+def test_a_template_fits_tokenizers_that_have_its_marks(shared_data: Path, folder: str, fitting: set[str]) -> None:
+    tokenizer = Tokenizer.load(shared_data / "tokenizers" / folder)
+    assert {name for name, each in TEMPLATES.items() if each.lacking(tokenizer) is None} == fitting
+    for name in TEMPLATES.keys() - fitting:
+        with pytest.raises(InputError) as said:
+            TEMPLATES[name].check(tokenizer)
+        lacking = TEMPLATES[name].lacking(tokenizer)
+        assert lacking is not None
+        assert f" {lacking}" in str(said.value)
+        assert len(str(said.value).splitlines()) == 1
+        assert str(said.value).endswith(", ".join(sorted(fitting)))
+
+
+def test_a_token_that_no_text_becomes_is_none(tmp_path: Path) -> None:
+    """A mark that stands in the vocabulary as an ordinary piece, which no merge ever makes."""
+    folder = tiny_tokenizer(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|im_start|>"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.id_of("<|im_start|>") is not None
+    assert TEMPLATES["qwen"].lacking(tokenizer) == "<|im_start|>"
 
 
 def test_a_tokenizer_without_the_answers_end_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ QUESTION = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), more=("<start_of_turn>", "<end_of_turn>"))
 
 
 def turn(role: str, text: str) -> dict[str, str]:
