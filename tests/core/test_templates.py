@@ -550,7 +550,9 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         template("qwen", thinking=False)
     with pytest.raises(InputError, match=r"template chatglm2 writes \[gMASK\] as one token, which the tokenizer in"):
         TEMPLATES["chatglm2"].check(tokenizer)
-    with pytest.raises(InputError, match=r"template gemma writes <start_of_turn> .* fits .*: alpaca, .* llama3, .*, trl$"):
+    with pytest.raises(
+        InputError, match=r"template gemma writes <start_of_turn> .* fits .*: alpaca, .* llama3, .*, trl$"
+    ):
         TEMPLATES["gemma"].check(tokenizer)
     object.__setattr__(tokenizer, "eos", None)
     with pytest.raises(InputError, match="names none"):
