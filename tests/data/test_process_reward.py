@@ -33,10 +33,11 @@ def make(tmp_path: Path, tokenizer: Path, rows: list[Any], *options: object) -> 
     return tmp_path / "x"
 
 
-ROWS = {  # one solution, as the three formats write it
+ROWS = {  # one solution, as the four formats write it
     "placeholder": {"input": "q\nx @\ny @", "value": ["+", "-"]},
     "math-shepherd": {"input": "q\nx @\ny @", "label": "q\nx +\ny -"},
     "stepwise": {"prompt": "q", "completions": ["x", "y"], "labels": [True, False]},
+    "prmbench": {"modified_question": "q", "modified_process": ["x", "y"], "error_steps": [2]},
 }
 
 
@@ -105,6 +106,25 @@ BAD = [
         "stepwise",
         {"prompt": "q @", "completions": ["x"], "labels": [True]},
         "a text that holds the placeholder @ itself",
+    ),
+]
+
+
+BAD += [
+    ("prmbench", {"modified_question": "q", "modified_process": ["x"]}, "no key 'error_steps'"),
+    *(
+        ("prmbench", {"modified_question": "q", "modified_process": ["x", "y"], "error_steps": errors}, said)
+        for errors, said in (
+            ([0], "error_steps names a step that is not there: 0 of 2"),
+            ([1, 3], "error_steps names a step that is not there: 3 of 2"),
+            ([True], "error_steps is not a list of numbers"),
+            ("1", "error_steps is not a list of numbers"),
+        )
+    ),
+    (
+        "prmbench",
+        {"modified_question": "q", "modified_process": ["x", ""], "error_steps": []},
+        "empty step",
     ),
 ]
 

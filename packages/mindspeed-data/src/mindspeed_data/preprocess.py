@@ -368,12 +368,13 @@ def _check_keys(job: Job, chunk: Chunk, row: Row) -> None:
         raise InputError(f"{source.path}: a text holds no questions and answers; use mindspeed-data pretrain")
     has = ", ".join(map(str, list(row.record)[:12])) or "no key"
     ours = next(name for name, key in job.keys.items() if key == missing[0])
-    hint = f'; name the right one: --map-keys \'{{"{ours}": "KEY"}}\''
-    if not isinstance(job, TextJob) and "text" in row.record:
-        hint = "; this looks like text: use mindspeed-data pretrain"
-    elif isinstance(job, TextJob) and {"instruction", "output"} <= set(row.record):
-        hint = "; this looks like instructions: use mindspeed-data sft"
-    raise InputError(f"{where}: no key {missing[0]!r}; the row has {has}{hint}")
+    from mindspeed_data import recognition  # it knows all templates and formats, and text needs none of them
+
+    hint = recognition.hint(row.record, job.described()["kind"], job.format.name)
+    if hint is None and not isinstance(job, TextJob) and "text" in row.record:
+        hint = "this looks like text: use mindspeed-data pretrain"
+    hint = hint or f'name the right one: --map-keys \'{{"{ours}": "KEY"}}\''
+    raise InputError(f"{where}: no key {missing[0]!r}; the row has {has}; {hint}")
 
 
 def _workers(job: Job, asked: int | None) -> int:
