@@ -498,6 +498,99 @@ def test_mistral_is_tokenised_slot_by_slot(shared_data: Path) -> None:
     assert labelled.labels == [IGNORED, *ignored[0], *second, 2, *ignored[1], *fourth, 2]
 
 
+BOS, EOS = object(), object()
+SLOTS = {  # SYSTEM and TURNS as the original's lists of slots have them: what is given, what is learned, in turn
+    "llama2": [
+        ([BOS, "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"], ["think", EOS]),
+        ([BOS, "[INST] And  more? [/INST]"], ["Yes.", EOS]),
+    ],
+    "mistral": [
+        ([BOS, "Be brief.", "[INST] Hi [/INST]"], ["think", EOS]),
+        (["[INST] And  more? [/INST]"], ["Yes.", EOS]),
+    ],
+    "alpaca": [
+        (["Be brief.", "### Instruction:\nHi\n\n### Response:\n"], ["think", EOS]),
+        (["\n\n", "### Instruction:\nAnd  more?\n\n### Response:\n"], ["Yes.", EOS]),
+    ],
+    "default": [
+        (["Be brief.\n", "Human: Hi\nAssistant:"], ["think", EOS]),
+        (["\n", "Human: And  more?\nAssistant:"], ["Yes.", EOS]),
+    ],
+    "deepseek2": [
+        ([BOS, "Be brief.\n\n", "User: Hi\n\nAssistant:"], ["think", EOS]),
+        (["User: And  more?\n\nAssistant:"], ["Yes.", EOS]),
+    ],
+    "cpm": [
+        ([BOS, "Be brief.", "<用户>Hi<AI>"], ["think", EOS]),
+        (["<用户>And  more?<AI>"], ["Yes.", EOS]),
+    ],
+    "trl": [([BOS, "Be brief.", "Hi"], ["think"]), (["And  more?"], ["Yes."])],
+    "hunyuan": [(["Be brief.", "Hi"], ["think"]), (["And  more?"], ["Yes."])],
+}
+for alike, of in {
+    "mixtral": "mistral",
+    "deepseek2-lite": "deepseek2",
+    "minicpm3": "deepseek2",
+    "empty": "hunyuan",
+}.items():
+    SLOTS[alike] = SLOTS[of]
+GOLDEN = {  # the same ids written out, so that neither our code nor the oracle can move alone
+    (
+        "llama2",
+        "mistral_v1",
+    ): "1 733 16289 28793 2087 18741 4060 13 3574 6817 28723 13 28789 700 18741 4060 13 13 23809 733 "
+    "28748 16289 28793 1073 2 1 733 16289 28793 1015 28705 680 28804 733 28748 16289 28793 5592 28723 2",
+    (
+        "alpaca",
+        "gpt2",
+    ): "3856 4506 13 21017 46486 25 198 17250 198 198 21017 18261 25 198 14925 50256 628 21017 46486 25 198 "
+    "1870 220 517 30 198 198 21017 18261 25 198 5297 13 50256",
+}
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        (name, folder)
+        for name in sorted(SLOTS)
+        for folder in ("gpt2", "mistral_v1", "mistral_v3")
+        # the [INST] of v3 is a control token, which sentencepiece itself never makes of a text
+        if folder != "mistral_v3" or name not in ("llama2", "mistral", "mixtral")
+    ],
+)
+def test_plain_templates_are_tokenised_slot_by_slot(shared_data: Path, name: str, folder: str) -> None:
+    """With the libraries themselves on slots written out here: a token never spans two of them, as one of a whole text would."""
+    path = shared_data / "tokenizers" / folder
+    if folder == "gpt2":
+        from tokenizers import ByteLevelBPETokenizer
+
+        bytes_of = ByteLevelBPETokenizer(str(path / "vocab.json"), str(path / "merges.txt"))
+        encode, specials = lambda text: bytes_of.encode(text).ids, {BOS: 50256, EOS: 50256}
+    else:
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(str(path / "tokenizer.model"))
+        encode, specials = lambda text: list(pieces.encode(text)), {BOS: 1, EOS: 2}
+
+    def ids_of(slots: list[Any]) -> list[int]:
+        return [id for slot in slots for id in ([specials[slot]] if slot in specials else encode(slot))]
+
+    ids: list[int] = []
+    labels: list[int] = []
+    for given, learned in SLOTS[name]:
+        ids += ids_of(given) + ids_of(learned)
+        labels += [IGNORED] * len(ids_of(given)) + ids_of(learned)
+    found = TEMPLATES[name].encode(Tokenizer.load(path), [SYSTEM, *TURNS])
+    assert found == Labelled(ids, labels)
+    if (name, folder) in GOLDEN:
+        assert found.ids == list(map(int, GOLDEN[name, folder].split()))
+    if name == "alpaca":
+        text = "".join(slot for turn in SLOTS[name] for part in turn for slot in part if isinstance(slot, str))
+        plain = [id for id in found.ids if id != specials[EOS]]
+        assert encode(text) != plain  # a whole text has other ids
+
+
 def test_llama3_equals_the_published_template(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tiny_tokenizer(tmp_path, eos="<|eot_id|>", chat_template=LLAMA3))
     object.__setattr__(tokenizer, "bos", tokenizer.id_of("<|endoftext|>"))

@@ -129,12 +129,12 @@ class BlendedSamples:
     @property
     def lengths(self) -> NDArray[np.int32] | None:
         """Tokens of each sample, where those of all parts are known."""
-        of_parts = [getattr(part, "lengths", None) for part in self._parts]
-        if self._lengths is None and not any(lengths is None for lengths in of_parts):
+        of_parts = [known for part in self._parts if (known := getattr(part, "lengths", None)) is not None]
+        if self._lengths is None and len(of_parts) == len(self._parts):
             self._lengths = np.empty(len(self), np.int32)
-            for number, lengths in enumerate(of_parts):
+            for number, known in enumerate(of_parts):
                 given = self._which == number
-                self._lengths[given] = lengths[self._sample[given]]
+                self._lengths[given] = known[self._sample[given]]
         return self._lengths
 
 
