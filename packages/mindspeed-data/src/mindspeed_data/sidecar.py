@@ -218,7 +218,7 @@ def check_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:
     known = read(prefix)
     if known is not None:
         if known.fingerprint != tokenizer.fingerprint:
-            same = str(tokenizer.folder.absolute()) == known.tokenizer
+            same = tokenizer.folder.absolute() == Path(known.tokenizer).absolute()
             raise InputError(
                 f"{prefix}: was made with another tokenizer, {known.tokenizer}{' as it was then' if same else ''} "
                 f"({known.vocab_size:,} ids), than {tokenizer.folder} ({tokenizer.vocab_size:,} ids); "
