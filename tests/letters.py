@@ -5,6 +5,8 @@ from types import MappingProxyType
 
 SPECIALS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|system|>")
 SPECIALS += ("<|observation|>", "[gMASK]", "sop", "<end_of_turn>", "<reserved_106>", "<|start|>", "<|end|>")
+SPECIALS += ("<|start_header_id|>", "<|end_header_id|>", "<sop>", "<start_of_turn>", "<reserved_107>", "<｜User｜>")
+SPECIALS += ("<｜Assistant｜>", "<|message|>", "<|channel|>", "<|return|>")
 
 
 class Letters:
@@ -18,7 +20,7 @@ class Letters:
         return self.specials.get(token)
 
     def encode(self, text: str) -> list[int]:
-        for token, id in self.specials.items():
+        for token, id in sorted(self.specials.items(), key=lambda item: -len(item[0])):  # "<sop>" before "sop"
             text = text.replace(token, chr(id))
         return list(map(ord, text))
 

@@ -12,9 +12,14 @@ TEXT = (
 
 
 def tiny_tokenizer(
-    folder: Path, *, eos: str = "<|endoftext|>", chat_template: str | None = None, size: int = 400
+    folder: Path,
+    *,
+    eos: str = "<|endoftext|>",
+    chat_template: str | None = None,
+    size: int = 400,
+    more: tuple[str, ...] = (),
 ) -> Path:
-    """Write a byte-level BPE tokenizer of at most `size` ids into a folder and return the folder."""
+    """Write a byte-level BPE tokenizer of at most `size` ids, `more` special tokens among them, into a folder and return it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -22,7 +27,7 @@ def tiny_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=[*SPECIAL, *more], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TEXT * 5, trainer)
     folder.mkdir(parents=True, exist_ok=True)

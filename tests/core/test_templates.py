@@ -256,6 +256,62 @@ def test_thoughts_stay_are_learned_or_are_left_out(name: str) -> None:
     assert tokenizer.decode([i for i in last.labels if i != IGNORED]).startswith(f"{mark}Yes.")
 
 
+@pytest.mark.parametrize("name", sorted(THOUGHTS))
+def test_a_thought_may_stand_beside_its_answer(name: str) -> None:
+    tokenizer = Letters()
+    within = [TURNS[0], {"role": "assistant", "content": THOUGHTS[name][0] + "think"}]
+    beside = [TURNS[0], {"role": "assistant", "content": "think", "thought": "Hm."}]
+    for thinking in (None, True, False):
+        chosen = template(name, thinking=thinking)
+        for more in ([], TURNS[2:]):
+            for learn in ("answers", "last"):
+                expected = chosen.encode(tokenizer, [*within, *more], learn=learn)
+                assert chosen.encode(tokenizer, [*beside, *more], learn=learn) == expected
+        expected = chosen.prompt(tokenizer, [*within, TURNS[2]])
+        assert chosen.prompt(tokenizer, [*beside, TURNS[2]]) == expected
+    assert "Hm." in tokenizer.decode(template(name).encode(tokenizer, beside).ids)
+
+
+def test_a_thought_that_a_template_would_lose_is_refused(tmp_path: Path) -> None:
+    messages = [TURNS[0], {"role": "assistant", "content": "think", "thought": "Hm."}]
+    with pytest.raises(ValueError, match="template qwen writes no thoughts that stand beside an answer"):
+        template("qwen").encode(Letters(), messages)
+    own = Tokenizer.load(tiny_tokenizer(tmp_path, eos="<|eot_id|>", chat_template=LLAMA3))
+    with pytest.raises(ValueError, match="the tokenizer's chat template writes no reasoning_content"):
+        template(None).encode(own, messages)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("content", ["", "Let me see."])
+@pytest.mark.parametrize("before", [[], TURNS[:2]])
+@pytest.mark.parametrize("thought", ["Hm.", "\nHm.\n\nYes.\n"])
+def test_thoughts_beside_answers_equal_the_tokenizers_own_template(
+    qwen3: Tokenizer, content: str, before: list[dict[str, Any]], thought: str
+) -> None:
+    call = {"role": "function", "content": content, "thought": thought, "calls": [CALL]}
+    answer = {**TURNS[3], "thought": thought}
+    ours = [*before, SEVERAL[0], call, SEVERAL[2], answer]
+    called = {"tool_calls": [{"type": "function", "function": CALL}]}
+    theirs = [
+        *before,
+        SEVERAL[0],
+        {"role": "assistant", "content": content, "reasoning_content": thought, **called},
+        {"role": "tool", "content": SEVERAL[2]["content"]},
+        {**TURNS[3], "reasoning_content": thought},
+    ]
+    tools = [{"type": "function", "function": WEATHER}]
+    ids = qwen3.hf.apply_chat_template(theirs, tools=tools, return_dict=False)
+    assert "Hm." in qwen3.decode(ids)
+    assert template("qwen3").encode(qwen3, ours, tools=[WEATHER], learn="last").ids == ids
+    own = template(None).encode(qwen3, ours, tools=[WEATHER], learn="last")
+    assert [*own.ids, *qwen3.encode("\n")] == ids
+    learned = qwen3.decode([i for i in own.labels if i != IGNORED], skip_special=False)
+    assert learned == f"<think>\n{thought.strip()}\n</think>\n\nYes.<|im_end|>"
+    ids = qwen3.hf.apply_chat_template(theirs[:-1], tools=tools, add_generation_prompt=True, return_dict=False)
+    assert template("qwen3").prompt(qwen3, ours[:-1], tools=[WEATHER]) == ids
+    assert template(None).prompt(qwen3, ours[:-1], tools=[WEATHER]) == ids
+
+
 @pytest.mark.parametrize("name", sorted(WITH_TOOLS))
 def test_tools_and_calls_are_written(name: str) -> None:
     tokenizer = Letters()
@@ -442,6 +498,99 @@ def test_mistral_is_tokenised_slot_by_slot(shared_data: Path) -> None:
     assert labelled.labels == [IGNORED, *ignored[0], *second, 2, *ignored[1], *fourth, 2]
 
 
+BOS, EOS = object(), object()
+SLOTS = {  # SYSTEM and TURNS as the original's lists of slots have them: what is given, what is learned, in turn
+    "llama2": [
+        ([BOS, "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"], ["think", EOS]),
+        ([BOS, "[INST] And  more? [/INST]"], ["Yes.", EOS]),
+    ],
+    "mistral": [
+        ([BOS, "Be brief.", "[INST] Hi [/INST]"], ["think", EOS]),
+        (["[INST] And  more? [/INST]"], ["Yes.", EOS]),
+    ],
+    "alpaca": [
+        (["Be brief.", "### Instruction:\nHi\n\n### Response:\n"], ["think", EOS]),
+        (["\n\n", "### Instruction:\nAnd  more?\n\n### Response:\n"], ["Yes.", EOS]),
+    ],
+    "default": [
+        (["Be brief.\n", "Human: Hi\nAssistant:"], ["think", EOS]),
+        (["\n", "Human: And  more?\nAssistant:"], ["Yes.", EOS]),
+    ],
+    "deepseek2": [
+        ([BOS, "Be brief.\n\n", "User: Hi\n\nAssistant:"], ["think", EOS]),
+        (["User: And  more?\n\nAssistant:"], ["Yes.", EOS]),
+    ],
+    "cpm": [
+        ([BOS, "Be brief.", "<用户>Hi<AI>"], ["think", EOS]),
+        (["<用户>And  more?<AI>"], ["Yes.", EOS]),
+    ],
+    "trl": [([BOS, "Be brief.", "Hi"], ["think"]), (["And  more?"], ["Yes."])],
+    "hunyuan": [(["Be brief.", "Hi"], ["think"]), (["And  more?"], ["Yes."])],
+}
+for alike, of in {
+    "mixtral": "mistral",
+    "deepseek2-lite": "deepseek2",
+    "minicpm3": "deepseek2",
+    "empty": "hunyuan",
+}.items():
+    SLOTS[alike] = SLOTS[of]
+GOLDEN = {  # the same ids written out, so that neither our code nor the oracle can move alone
+    (
+        "llama2",
+        "mistral_v1",
+    ): "1 733 16289 28793 2087 18741 4060 13 3574 6817 28723 13 28789 700 18741 4060 13 13 23809 733 "
+    "28748 16289 28793 1073 2 1 733 16289 28793 1015 28705 680 28804 733 28748 16289 28793 5592 28723 2",
+    (
+        "alpaca",
+        "gpt2",
+    ): "3856 4506 13 21017 46486 25 198 17250 198 198 21017 18261 25 198 14925 50256 628 21017 46486 25 198 "
+    "1870 220 517 30 198 198 21017 18261 25 198 5297 13 50256",
+}
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        (name, folder)
+        for name in sorted(SLOTS)
+        for folder in ("gpt2", "mistral_v1", "mistral_v3")
+        # the [INST] of v3 is a control token, which sentencepiece itself never makes of a text
+        if folder != "mistral_v3" or name not in ("llama2", "mistral", "mixtral")
+    ],
+)
+def test_plain_templates_are_tokenised_slot_by_slot(shared_data: Path, name: str, folder: str) -> None:
+    """With the libraries themselves on slots written out here: a token never spans two of them, as one of a whole text would."""
+    path = shared_data / "tokenizers" / folder
+    if folder == "gpt2":
+        from tokenizers import ByteLevelBPETokenizer
+
+        bytes_of = ByteLevelBPETokenizer(str(path / "vocab.json"), str(path / "merges.txt"))
+        encode, specials = lambda text: bytes_of.encode(text).ids, {BOS: 50256, EOS: 50256}
+    else:
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(str(path / "tokenizer.model"))
+        encode, specials = lambda text: list(pieces.encode(text)), {BOS: 1, EOS: 2}
+
+    def ids_of(slots: list[Any]) -> list[int]:
+        return [id for slot in slots for id in ([specials[slot]] if slot in specials else encode(slot))]
+
+    ids: list[int] = []
+    labels: list[int] = []
+    for given, learned in SLOTS[name]:
+        ids += ids_of(given) + ids_of(learned)
+        labels += [IGNORED] * len(ids_of(given)) + ids_of(learned)
+    found = TEMPLATES[name].encode(Tokenizer.load(path), [SYSTEM, *TURNS])
+    assert found == Labelled(ids, labels)
+    if (name, folder) in GOLDEN:
+        assert found.ids == list(map(int, GOLDEN[name, folder].split()))
+    if name == "alpaca":
+        text = "".join(slot for turn in SLOTS[name] for part in turn for slot in part if isinstance(slot, str))
+        plain = [id for id in found.ids if id != specials[EOS]]
+        assert encode(text) != plain  # a whole text has other ids
+
+
 def test_llama3_equals_the_published_template(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tiny_tokenizer(tmp_path, eos="<|eot_id|>", chat_template=LLAMA3))
     object.__setattr__(tokenizer, "bos", tokenizer.id_of("<|endoftext|>"))
@@ -494,13 +643,53 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         template("qwen", thinking=False)
     with pytest.raises(InputError, match=r"template chatglm2 writes \[gMASK\] as one token, which the tokenizer in"):
         TEMPLATES["chatglm2"].check(tokenizer)
+    with pytest.raises(
+        InputError, match=r"template gemma writes <start_of_turn> .* fits .*: alpaca, .* llama3, .*, trl$"
+    ):
+        TEMPLATES["gemma"].check(tokenizer)
     object.__setattr__(tokenizer, "eos", None)
     with pytest.raises(InputError, match="names none"):
         TEMPLATES["alpaca"].check(tokenizer)
+    unended = Letters()
+    unended.eos = None
     with pytest.raises(InputError, match="names none"):
-        TEMPLATES["gemma"].check(tokenizer)
+        TEMPLATES["gemma"].check(unended)
     TEMPLATES["empty"].check(tokenizer)
     TEMPLATES["chatml"].check(tokenizer)
+
+
+PLAIN = {"alpaca", "cpm", "deepseek2", "deepseek2-lite", "default", "empty", "hunyuan", "llama2", "minicpm3", "mistral"}
+PLAIN |= {"mixtral", "trl"}  # text alone, to the tokenizers of their own models, too
+CHATML_KIN = {"chatml", "chatml_de", "intern2", "qwen", "qwen3", "qwen_math_r1", "qwen_r1"}
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("folder", "fitting"),
+    [("gpt2", PLAIN), ("mistral_v1", PLAIN), ("mistral_v3", PLAIN), ("qwen3", PLAIN | CHATML_KIN)],
+)
+def test_a_template_fits_tokenizers_that_have_its_marks(shared_data: Path, folder: str, fitting: set[str]) -> None:
+    tokenizer = Tokenizer.load(shared_data / "tokenizers" / folder)
+    assert {name for name, each in TEMPLATES.items() if each.lacking(tokenizer) is None} == fitting
+    for name in TEMPLATES.keys() - fitting:
+        with pytest.raises(InputError) as said:
+            TEMPLATES[name].check(tokenizer)
+        lacking = TEMPLATES[name].lacking(tokenizer)
+        assert lacking is not None
+        assert f" {lacking}" in str(said.value)
+        assert len(str(said.value).splitlines()) == 1
+        assert str(said.value).endswith(", ".join(sorted(fitting)))
+
+
+def test_a_token_that_no_text_becomes_is_none(tmp_path: Path) -> None:
+    """A mark that stands in the vocabulary as an ordinary piece, which no merge ever makes."""
+    folder = tiny_tokenizer(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|im_start|>"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.id_of("<|im_start|>") is not None
+    assert TEMPLATES["qwen"].lacking(tokenizer) == "<|im_start|>"
 
 
 def test_a_tokenizer_without_the_answers_end_is_refused(tmp_path: Path) -> None:
@@ -520,11 +709,14 @@ def test_a_tokenizer_without_the_answers_end_is_refused(tmp_path: Path) -> None:
         ([TURNS[0], TURNS[0]], "message 2 is from user, not from assistant or function"),
         ([*WITH_CALL[:3], TURNS[0]], "message 4 is from user, not from assistant or function or observation"),
         (TURNS[:1], "not an answer"),
+        ([SYSTEM, *TURNS], "two system texts"),
     ],
 )
 def test_messages_that_do_not_alternate_are_refused(messages: list[dict[str, str]], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        TEMPLATES["chatml"].encode(Letters(), messages)
+        TEMPLATES["chatml"].encode(Letters(), messages, "Be kind." if messages[:1] == [SYSTEM] else None)
+    if messages == [SYSTEM, *TURNS]:
+        return
     if messages == TURNS[:1]:
         messages = TURNS[:2]
         said = "not a question"

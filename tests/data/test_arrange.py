@@ -15,6 +15,8 @@ from mindspeed_data import arrange, readers, sidecar
 from mindspeed_data.arrange import interleave
 from mindspeed_data.fitting import best_fit
 from mindspeed_data.indexed import IndexedDataset
+from mindspeed_data.instruction import InstructionSamples
+from mindspeed_data.packing import PackedFiles
 from mindspeed_data.shorten import shorten
 from tests.data.command import data
 from tests.tiny import tiny_tokenizer
@@ -170,7 +172,7 @@ def test_lengths_at_the_edge_of_a_sequence(tokenizer: Path, tmp_path: Path) -> N
     for longer, lengths, said in [
         ("drop", [8, 7], "1 longer than 8 tokens"),
         ("cut", [8, 8, 7], "cut to the sequence length: 1 samples"),
-        ("split", [8, 7, 1], "split at the sequence length: 1 samples"),
+        ("split", [8, 7], "1 nothing is learned of what fits into 8 tokens"),  # its b would be a sample of one token
     ]:
         run = data(*command, "--overwrite", "--pack", "--seq-length", 8, "--longer", longer)
         assert run.returncode == 0, run.stderr
@@ -180,24 +182,52 @@ def test_lengths_at_the_edge_of_a_sequence(tokenizer: Path, tmp_path: Path) -> N
         assert known is not None
         assert (known.cut, known.split, sum(known.left_out.values())) == (
             longer == "cut",
-            longer == "split",
-            longer == "drop",
+            0,
+            longer != "cut",
         )
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5), st.integers(2, 12))
 def test_what_is_split_is_whole_but_for_what_teaches_nothing(turns: list[tuple[int, int]], length: int) -> None:
     labels = np.concatenate([[IGNORED] * asked + [1] * answered for asked, answered in turns])
+    behind = np.arange(len(labels)) % length != 0 if len(labels) > length else np.arange(len(labels)) > 0
+    learned = set(np.flatnonzero((labels != IGNORED) & behind).tolist())
+    if not learned:  # the first token of a part is never learned
+        with pytest.raises(ValueError, match="nothing is learned of what fits into"):
+            shorten(labels, length, "split")
+        return
     parts = shorten(labels, length, "split")
-    assert all(0 < len(part) <= length for part in parts)
+    assert all(1 < len(part) <= length for part in parts)
+    assert all(learned & set(part.tolist()) for part in parts)
     kept = np.concatenate(parts)
     assert (np.diff(kept) > 0).all()
-    assert set(np.flatnonzero(labels != IGNORED)) <= set(kept)  # nothing that is learned is lost
+    assert learned <= set(kept.tolist())  # nothing else that is learned is lost
     (part,) = shorten(labels, max(length, len(labels)), "drop")
     assert part.tolist() == list(range(len(labels)))
     if len(labels) > length:
         with pytest.raises(ValueError, match=f"longer than {length} tokens: {len(labels)}"):
             shorten(labels, length, "drop")
+
+
+@pytest.mark.parametrize("learn", ["answers", "all"])
+@pytest.mark.parametrize("longer", ["cut", "split"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_what_is_counted_as_learned_is_what_training_learns(
+    tokenizer: Path, tmp_path: Path, learn: str, longer: str, pack: bool
+) -> None:
+    rows = [{"instruction": "a" * (i % 11 + 1), "output": "b" * (i * 7 % 40 + 1)} for i in range(60)]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    command = ["sft", tmp_path / "in.json", "--template", "empty", "--tokenizer", tokenizer, "--output", tmp_path / "x"]
+    options = ["--seq-length", 8, "--longer", longer, "--learn", learn, *(["--pack"] if pack else [])]
+    run = data(*command, *options)
+    assert run.returncode == 0, run.stderr
+    known = sidecar.read(tmp_path / "x")
+    assert known is not None
+    samples = PackedFiles(tmp_path / "x") if pack else InstructionSamples(tmp_path / "x", seq_length=8)
+    weights = [samples[i]["weights"].sum().item() for i in range(len(samples))]
+    assert min(weights) > 0
+    assert sum(weights) == known.learned
+    assert data("verify", tmp_path / "x").returncode == 0
 
 
 def test_packing_without_a_length_is_refused(tokenizer: Path, tmp_path: Path) -> None:
@@ -265,6 +295,11 @@ def test_data_sets_are_joined(tokenizer: Path, tmp_path: Path) -> None:
     ]:
         run = data("merge", *arguments)
         assert (run.returncode, said in run.stderr, "Traceback" in run.stderr) == (2, True, False), run.stderr
+    (tmp_path / "in.json").write_text(json.dumps(ROWS[:2]))
+    answers = ["sft", tmp_path / "in.json", "--template", "chatml", "--tokenizer", tokenizer, "--output"]
+    assert data(*answers, tmp_path / "f").returncode == 0
+    run = data("merge", tmp_path / "f", tmp_path / "f", "--output", tmp_path / "x")
+    assert (run.returncode, "another kind of data has this prefix" in run.stderr) == (2, True), run.stderr
     texts(tmp_path / "e.jsonl", "e", 9)
     assert data(*command, tmp_path / "e", tmp_path / "e.jsonl", "--shard", "2/3").returncode == 0
     assert "of its 3 shards e-00001-of-00003, e-00003-of-00003 are missing" in data("merge", tmp_path / "e").stderr

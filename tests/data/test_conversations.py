@@ -27,7 +27,7 @@ TOOL = {"name": "search", "description": "Looks.", "parameters": {"type": "objec
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), more=("<reserved_106>", "<reserved_107>"))
 
 
 def read(format: str, record: dict[str, Any], **keys: str) -> Conversation:
@@ -87,6 +87,33 @@ def test_calls_and_tools_are_the_same_in_both_formats() -> None:
         "content": "<think>hm</think>",
         "calls": [CALL, CALL],
     }
+
+
+def test_messages_of_openai_lose_nothing() -> None:
+    """Neither what was thought before an answer, nor a call as it was written when a message had but one."""
+    legacy = [
+        {"role": "user", "content": "a"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "function_call": {"name": "search", "arguments": '{"q": "fox"}'},
+        },
+        {"role": "function", "name": "search", "content": "o"},
+        {"role": "assistant", "content": "b", "reasoning_content": "so", "tool_calls": None},
+    ]
+    assert read("openai", {"messages": legacy}).messages == (
+        {"role": "user", "content": "a"},
+        {"role": "function", "content": "", "thought": "hm", "calls": [CALL]},
+        {"role": "observation", "content": "o"},
+        {"role": "assistant", "content": "b", "thought": "so"},
+    )
+    named = [{**legacy[3], "reasoning": "so"}]
+    del named[0]["reasoning_content"]
+    found = read("openai", {"messages": [*legacy[:3], *named]}, thought_tag="reasoning")
+    assert [message.get("thought") for message in found.messages] == [None, None, None, "so"]
+    system = {"role": "system", "content": "s"}
+    assert read("openai", {"messages": [system, *legacy], "system": "s"}).system == "s"
 
 
 BAD = [  # what a row holds, and why it is left out
@@ -150,6 +177,31 @@ BAD = [  # what a row holds, and why it is left out
         "openai",
         {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
         "wrong role: message 1 calls functions and is from user",
+    ),
+    (
+        "openai",
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "function_call": "x"}]},
+        "a function call without name and arguments: message 2",
+    ),
+    (
+        "openai",
+        {"messages": [{"role": "assistant", "content": "b", "function_call": CALL, "tool_calls": [CALL]}]},
+        "calls twice: message 1 has tool_calls and function_call",
+    ),
+    (
+        "openai",
+        {"messages": [{"role": "user", "content": "a", "reasoning_content": "hm"}]},
+        "wrong role: message 1 has reasoning_content and is from user",
+    ),
+    (
+        "openai",
+        {"messages": [{"role": "assistant", "content": "b", "reasoning_content": ["hm"]}]},
+        "reasoning_content is a list, not a text",
+    ),
+    (
+        "openai",
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}], "system": "t"},
+        "two system texts: that of the conversation is not that of its first message",
     ),
     (
         "openai",
@@ -226,10 +278,11 @@ def test_all_turns_are_written_and_learned_as_asked(tokenizer: Path, tmp_path: P
         run = data(*command, "--template", "chatml", "--learn", learn, "--output", tmp_path / "x")
         assert run.returncode == 0, run.stderr
         system = f"{start}system\ns{end}\n"
-        assert written(tmp_path / "x", loaded) == [
+        expected = [
             form.format(system + first[0], *first[1:]),
             form.format(first[0], call, f"\n{start}tool\no{end}\n{start}assistant\n", first[3]),
-        ]
+        ]  # the first token of a sample follows nothing that it could be learned from
+        assert written(tmp_path / "x", loaded) == [text.replace(f"[[{start}", f"{start}[[") for text in expected]
         known = sidecar.read(tmp_path / "x")
         assert known is not None
         assert (known.learn, known.template, known.end) == (learn, "chatml", None)
@@ -277,9 +330,9 @@ def test_answers_end_with_what_follows_them_where_eos_is_efficient(tokenizer: Pa
     assert run.returncode == 0, run.stderr
     (text,) = written(tmp_path / "x", Tokenizer.load(tokenizer))
     eos = "<|endoftext|>"
-    assert text == f"<reserved_106>a<reserved_107>[[b]](<={eos})reserved_106>c<reserved_107>[[d{eos}]]"
+    assert text == f"<reserved_106>a<reserved_107>[[b]](<reserved_106>={eos})c<reserved_107>[[d{eos}]]"
     assert data("verify", tmp_path / "x").returncode == 0
-    assert f"«<→{eos}»" in data("show", tmp_path / "x").stdout
+    assert f"«<reserved_106>→{eos}»" in data("show", tmp_path / "x").stdout
 
 
 @pytest.mark.parametrize(

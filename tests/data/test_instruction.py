@@ -7,6 +7,7 @@ from mindspeed_core.errors import InputError
 from mindspeed_data.indexed import IndexedWriter, path_of, publish
 from mindspeed_data.instruction import InstructionSamples, cut
 from mindspeed_data.sidecar import INSTRUCTION
+from tests.data.command import data
 
 Q = -100  # a question's label
 
@@ -28,21 +29,21 @@ def write(prefix: Path, samples: list[tuple[list[int], list[int]]]) -> Path:
 
 
 def test_labels_are_shifted_once(tmp_path: Path) -> None:
-    data = InstructionSamples(write(tmp_path / "x", [([5, 6, 7, 8], [Q, Q, 7, 8]), ([1, 2], [Q, 2])]))
-    assert len(data) == 2
-    assert data.lengths.tolist() == [3, 1]
-    assert {name: values.tolist() for name, values in data[0].items()} == {
+    samples = InstructionSamples(write(tmp_path / "x", [([5, 6, 7, 8], [Q, Q, 7, 8]), ([1, 2], [Q, 2])]))
+    assert len(samples) == 2
+    assert samples.lengths.tolist() == [3, 1]
+    assert {name: values.tolist() for name, values in samples[0].items()} == {
         "tokens": [5, 6, 7],
         "labels": [0, 7, 8],
         "weights": [0.0, 1.0, 1.0],
     }
-    assert data[1]["tokens"].tolist() == [1]
+    assert samples[1]["tokens"].tolist() == [1]
 
 
 def test_two_turns_learn_both_answers(tmp_path: Path) -> None:
-    data = InstructionSamples(write(tmp_path / "x", [([1, 2, 3, 4, 5, 6], [Q, 2, 3, Q, Q, 6])]))
-    assert data[0]["labels"].tolist() == [2, 3, 0, 0, 6]
-    assert data[0]["weights"].tolist() == [1, 1, 0, 0, 1]
+    samples = InstructionSamples(write(tmp_path / "x", [([1, 2, 3, 4, 5, 6], [Q, 2, 3, Q, Q, 6])]))
+    assert samples[0]["labels"].tolist() == [2, 3, 0, 0, 6]
+    assert samples[0]["weights"].tolist() == [1, 1, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +76,13 @@ def test_every_length_is_kept_to(tmp_path: Path) -> None:
     sample = (list(range(100, 120)), [Q] * 6 + [7] * 5 + [Q] * 4 + [8] * 5)
     prefix = write(tmp_path / "x", [sample])
     for length in range(2, 24):
-        data = InstructionSamples(prefix, seq_length=length)
-        assert len(data[0]["tokens"]) == data.lengths[0] == min(length, 20) - 1
+        samples = InstructionSamples(prefix, seq_length=length)
+        assert len(samples[0]["tokens"]) == samples.lengths[0] == min(length, 20) - 1
+
+
+def test_a_label_of_the_first_token_alone_teaches_nothing(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "x", [([1, 2], [Q, 2]), ([1, 2], [1, Q])])
+    assert "nothing of sample 1 is learned" in data("verify", prefix).stderr
 
 
 def test_unusable_data_is_said(tmp_path: Path) -> None:

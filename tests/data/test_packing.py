@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mindspeed_data.fitting import best_fit
 from mindspeed_data.instruction import InstructionSamples
-from mindspeed_data.packing import PackedFiles, PackedSamples, marks, packed_length
+from mindspeed_data.packing import PackedFiles, PackedSamples, marks
 from mindspeed_data.pretrain import pretrain_datasets
+from mindspeed_data.sidecar import packed_length
 from tests.data.command import data
 from tests.data.test_pretrain import corpus
 from tests.tiny import tiny_tokenizer

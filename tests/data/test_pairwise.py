@@ -20,7 +20,7 @@ QUESTION = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), more=("<start_of_turn>", "<end_of_turn>"))
 
 
 def turn(role: str, text: str) -> dict[str, str]:
@@ -111,6 +111,35 @@ BAD = [
         "no question at the end: the last message is an answer already",
     ),
 ]
+
+
+@pytest.mark.parametrize("mix", [[], ["--mix", "first_exhausted"]])
+def test_lengths_are_those_of_an_answer_with_its_question(tokenizer: Path, tmp_path: Path, mix: list[str]) -> None:
+    """In what the run says, in `stats`, in `verify`, and for --seq-length."""
+    rows = [{"instruction": "a", "chosen": "b" * n, "rejected": "x" * (50 - n)} for n in (1, 10, 40)]
+    prefix = make(tmp_path, tokenizer, rows, "--template", "empty", *mix)
+    command = ["pairwise", tmp_path / "in.json", "--tokenizer", tokenizer, "--template", "empty", "--output"]
+    assert "longest sample: 50" in data(*command, tmp_path / "y", *mix).stderr
+    known = sidecar.read(prefix)
+    assert known is not None
+    assert (known.longest, known.tokens, known.kept) == (50, 156, 3)
+    verified = data("verify", prefix)
+    assert "3 samples, 156 tokens, longest 50" in verified.stdout, verified.stderr
+    told = json.loads(data("stats", prefix, "--json").stdout)
+    assert {name: told[name] for name in ("samples", "answers", "tokens", "shortest", "longest", "mean")} == {
+        "samples": 3,
+        "answers": 6,
+        "tokens": 156,
+        "shortest": 2,
+        "longest": 50,
+        "mean": 26,
+    }
+    assert "3 pairs: 6 answers, each with its question, 156 tokens" in data("stats", prefix).stdout
+    fitting = data(*command, tmp_path / "z", "--seq-length", 50)
+    assert (fitting.returncode, "left out" in fitting.stderr) == (0, False)
+    assert "left out 1 row: 1 longer than 49 tokens" in data(*command, tmp_path / "w", "--seq-length", 49).stderr
+
+
 GOOD = {
     "alpaca": {"instruction": "a", "chosen": "b", "rejected": "c"},
     "sharegpt": {"conversations": [turn("human", "a")], "chosen": turn("gpt", "b"), "rejected": turn("gpt", "c")},

@@ -224,6 +224,44 @@ def test_unusable_input_is_said_and_nothing_is_written(
     assert run.stdout == ""
 
 
+ASKED = [{"role": "user", "content": "a"}]
+SAID = [*ASKED, {"role": "assistant", "content": "b"}]
+SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("command", "row", "said"),
+    [
+        (["sft"], {"conversations": SHARED}, "add --format sharegpt"),
+        (["sft", "--format", "openai"], {"conversations": SHARED}, "add --format sharegpt"),
+        (["sft"], {"messages": SAID}, "add --format openai"),
+        (["sft", "--format", "sharegpt"], {"instruction": "a", "output": "b"}, "add --format alpaca"),
+        (["sft"], {"instruction": "a", "chosen": "b", "rejected": "c"}, "mindspeed-data pairwise --format alpaca"),
+        (
+            ["sft"],
+            {"conversations": SHARED[:1], "chosen": SHARED[1], "rejected": SHARED[1]},
+            "mindspeed-data pairwise --format sharegpt",
+        ),
+        (["pairwise"], {"messages": ASKED, "chosen": SAID[1], "rejected": SAID[1]}, "add --format openai"),
+        (["pairwise"], {"messages": SAID, "label": True}, "mindspeed-data sft --format openai"),
+        (["prm"], {"input": "a ки", "label": "a +"}, "add --format math-shepherd"),
+        (["prm"], {"prompt": "a", "completions": ["b"], "labels": [True]}, "add --format stepwise"),
+        (["pretrain"], {"messages": SAID}, "mindspeed-data sft --format openai"),
+        (["sft"], {"question": "a", "answer": "b"}, '--map-keys \'{"prompt": "KEY"}\''),
+        (["sft", "--map-keys", '{"prompt": "q"}'], {"instruction": "a", "output": "b"}, '{"prompt": "KEY"}'),
+        (["sft", "--format", "sharegpt"], {"conversations": SAID, "text": "a"}, "message without from"),
+        (["sft", "--format", "sharegpt"], {"messages": SHARED}, '{"messages": "KEY"}'),
+    ],
+)
+def test_rows_of_another_format_are_recognised(
+    tokenizer: Path, tmp_path: Path, command: list[str], row: dict[str, object], said: str
+) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    options = {"pretrain": [], "prm": ["--placeholder", "@"]}.get(command[0], ["--template", "chatml"])
+    run = data(*command, tmp_path / "in.jsonl", "--tokenizer", tokenizer, "--output", tmp_path / "x", *options)
+    assert (run.returncode, said in run.stderr) == (2, True), run.stderr
+
+
 def test_wrong_options_are_said(tokenizer: Path, tmp_path: Path) -> None:
     source = lines(tmp_path / "in.jsonl", 3)
     (tmp_path / "bare").mkdir()

@@ -33,10 +33,11 @@ def make(tmp_path: Path, tokenizer: Path, rows: list[Any], *options: object) -> 
     return tmp_path / "x"
 
 
-ROWS = {  # one solution, as the three formats write it
+ROWS = {  # one solution, as the four formats write it
     "placeholder": {"input": "q\nx @\ny @", "value": ["+", "-"]},
     "math-shepherd": {"input": "q\nx @\ny @", "label": "q\nx +\ny -"},
     "stepwise": {"prompt": "q", "completions": ["x", "y"], "labels": [True, False]},
+    "prmbench": {"modified_question": "q", "modified_process": ["x", "y"], "error_steps": [2]},
 }
 
 
@@ -109,6 +110,25 @@ BAD = [
 ]
 
 
+BAD += [
+    ("prmbench", {"modified_question": "q", "modified_process": ["x"]}, "no key 'error_steps'"),
+    *(
+        ("prmbench", {"modified_question": "q", "modified_process": ["x", "y"], "error_steps": errors}, said)
+        for errors, said in (
+            ([0], "error_steps names a step that is not there: 0 of 2"),
+            ([1, 3], "error_steps names a step that is not there: 3 of 2"),
+            ([True], "error_steps is not a list of numbers"),
+            ("1", "error_steps is not a list of numbers"),
+        )
+    ),
+    (
+        "prmbench",
+        {"modified_question": "q", "modified_process": ["x", ""], "error_steps": []},
+        "empty step",
+    ),
+]
+
+
 @pytest.mark.parametrize(("format", "row", "said"), BAD)
 def test_rows_that_are_no_solutions_are_left_out_and_say_why(format: str, row: dict[str, Any], said: str) -> None:
     chosen = process_rewards(MARKS)[format]
@@ -134,6 +154,12 @@ def test_marks_that_are_no_single_tokens_are_refused(tokenizer: Path, tmp_path: 
         (["--placeholder", "ки"], "--placeholder: 'ки' is 4 tokens for the tokenizer in"),
         (["--placeholder", "@", "--reward-tokens", "+ --"], "--reward-tokens: '--' is 2 tokens"),
         (["--placeholder", "@", "--reward-tokens", "+ @"], "they must be different tokens"),
+        (["--placeholder", "@", "--reward-tokens", "+ - +"], "they must be different tokens"),
+        (["--placeholder", "@", "--reward-tokens", "+"], "'+' names 1 token; at least two are needed"),
+        (["--placeholder", "@", "--reward-tokens", "+ +"], "'+ +' names 1 token; at least two are needed"),
+        (["--placeholder", "@", "--reward-tokens", " "], "'' names 0 tokens; at least two are needed"),
+        (["--placeholder", ""], "--placeholder: '' is 0 tokens"),
     ):
-        run = data(*command, *options)
-        assert (run.returncode, said in run.stderr) == (2, True), run.stderr
+        for format in ("placeholder", "math-shepherd", "stepwise"):
+            run = data(*command, *options, "--format", format)
+            assert (run.returncode, said in run.stderr, len(run.stderr.splitlines())) == (2, True, 1), run.stderr

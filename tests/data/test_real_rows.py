@@ -153,6 +153,7 @@ def test_pairs(shared_data: Path, tmp_path: Path, name: str) -> None:
     command = ["pairwise", alone, "--format", "openai", "--tokenizer", folder, "--template", "empty"]
     run = data(*command, "--output", tmp_path / "y")
     assert (run.returncode, "no key 'chosen'; the row has messages, label" in run.stderr) == (2, True)
+    assert "use mindspeed-data sft --format openai" in run.stderr
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
@@ -185,3 +186,39 @@ def test_steps(shared_data: Path, tmp_path: Path, name: str) -> None:
     raw = shared_data / "prm/prmbench_raw"
     run = data("prm", raw, "--tokenizer", folder, "--placeholder", placeholder, "--output", tmp_path / "z")
     assert (run.returncode, "no key 'input'; the row has original_question" in run.stderr) == (2, True)
+    assert "add --format prmbench" in run.stderr
+
+
+RAW = {  # the rows of the published files that are left out, and why
+    "prm800k_test_p1_4o_counterfactual.jsonl": (90, {27: "43 of 42", 45: "13 of 12"}),
+    "prm800k_test_p1_4o_deception.jsonl": (88, {21: "21 of 14", 39: "19 of 17", 73: "empty step"}),
+    "prm800k_test_p1_4o_step_contradiction.jsonl": (90, {69: "53 of 52"}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(RAW))
+def test_the_steps_of_prmbench_are_those_that_others_made_of_it(shared_data: Path, tmp_path: Path, name: str) -> None:
+    """The same solutions lie converted in prmbench_stepwise.jsonl, with true and false for each step."""
+    folder, file = shared_data / "tokenizers/qwen3", shared_data / "prm/prmbench_raw" / name
+    count, left_out = RAW[name]
+    run = data("prm", file, "--format", "prmbench", "--tokenizer", folder, "--output", tmp_path / "x")
+    assert run.returncode == 0, run.stderr
+    for line, reason in left_out.items():
+        reason = f"error_steps names a step that is not there: {reason}" if " of " in reason else reason
+        assert f"{file}:{line}: {reason}\n" in run.stderr
+    known = sidecar.read(tmp_path / "x")
+    assert known is not None
+    assert (known.kept, sum(known.left_out.values())) == (count - len(left_out), len(left_out))
+    wanted = [row for number, row in rows_of(file) if number not in left_out]
+    converted = {
+        (row["prompt"], tuple(row["completions"])): row
+        for _, row in rows_of(shared_data / "prm/prmbench_stepwise.jsonl")
+    }
+    pairs = [converted[row["modified_question"], tuple(row["modified_process"])] for row in wanted]
+    assert not all(all(row["labels"]) for row in pairs)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    command = ["prm", tmp_path / "in.jsonl", "--format", "stepwise", "--tokenizer", folder, "--output", tmp_path / "y"]
+    assert data(*command).returncode == 0
+    for key in ("input_ids", "labels"):
+        ours, theirs = (sidecar.files_of(tmp_path / which)[key].with_suffix(".bin").read_bytes() for which in "xy")
+        assert ours == theirs

@@ -1,11 +1,16 @@
 """Samples as text: what is learned is coloured or within « », and every sample says where it came from."""
 
 import json
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mindspeed_core.tokenizer import Tokenizer
+from mindspeed_data.indexed import HEADER
 from tests.data.command import data
 from tests.tiny import tiny_tokenizer
 
@@ -86,3 +91,85 @@ def test_the_samples_of_a_packed_sequence_are_shown_one_by_one(tokenizer: Path, 
         f"- sample 2 of 2, from {answers}/1.jsonl:3\n{size} tokens, 2 of them learned\n{QUESTION}«c<|im_end|>»\n"
         "- 3 tokens of filling\n"
     )
+
+
+def test_a_sequence_with_one_sample_is_a_sequence_nonetheless(tokenizer: Path, answers: Path, tmp_path: Path) -> None:
+    size = len(Tokenizer.load(tokenizer).encode(f"{QUESTION}b<|im_end|>"))
+    command = ["sft", answers / "1.jsonl", "--tokenizer", tokenizer, "--template", "chatml", "--output", tmp_path / "x"]
+    assert data(*command, "--pack", "--seq-length", size).returncode == 0
+    heads = [line for line in data("show", tmp_path / "x").stdout.splitlines() if line.startswith("-")]
+    assert heads == [
+        "--- sequence 0 of 2",
+        f"- sample 1 of 1, from {answers}/1.jsonl:1",
+        "--- sequence 1 of 2",
+        f"- sample 1 of 1, from {answers}/1.jsonl:3",
+    ]
+    assert "holds 2 sequences, counted from 0" in data("show", tmp_path / "x", "--start", 2).stderr
+
+
+def write(path: Path, at: int, *values: int) -> None:
+    """Overwrite 32-bit numbers of a file, the first of them number `at`."""
+    content = np.frombuffer(path.read_bytes()[: path.stat().st_size // 4 * 4], "<i4").copy()
+    content[at : at + len(values)] = values
+    path.write_bytes(content.tobytes())
+
+
+def lengthen(path: Path, at: int, length: int) -> None:
+    """Overwrite a length in an index."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<i", content, HEADER.size + 4 * at, length)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_damaged_files_are_said_in_one_line(tokenizer: Path, answers: Path, tmp_path: Path, pack: bool) -> None:
+    inputs = [answers / "1.jsonl", answers / "2.json"]
+    command = ["sft", *inputs, "--tokenizer", tokenizer, "--template", "chatml", "--overwrite", "--output"]
+    options = ["--pack", "--seq-length", 40] if pack else []
+    for name, harm, said in [
+        ("input_ids_document.idx", lambda path: lengthen(path, 0, -237), "a sequence of negative length"),
+        ("input_ids_document.idx", lambda path: lengthen(path, 0, 1), "its offsets are not the sums of its lengths"),
+        ("labels_document.idx", lambda path: lengthen(path, 0, -(2**31) + 5), "a sequence of negative length"),
+        ("input_ids_document.bin", lambda path: write(path, 0, 399_999), "sample 0 holds 399999, not an id of the"),
+        ("input_ids_document.bin", lambda path: write(path, 0, -5), "sample 0 holds -5, not an id of the vocabulary"),
+        ("labels_document.bin", lambda path: write(path, 0, 399_999), "sample 0 holds 399999, not an id of the"),
+        ("origin.bin", lambda path: write(path, 0, 7), "does not tell where sample 0 comes from"),
+        ("origin.bin", lambda path: write(path, 0, -1), "does not tell where sample 0 comes from"),
+        ("origin.idx", lambda path: lengthen(path, 0, 6), "its offsets are not the sums of its lengths"),
+    ]:
+        assert data(*command, tmp_path / "x", *options).returncode == 0
+        path = next(tmp_path.glob(f"x_packed*{name}"))
+        harm(path)
+        run = data("show", tmp_path / "x")
+        assert (run.returncode, len(run.stderr.splitlines())) == (2, 1), run.stderr
+        assert f"{path}: {said}" in run.stderr
+        assert run.stderr.endswith(f"see what else is wrong with mindspeed-data verify {tmp_path}/x\n")
+        assert data("verify", tmp_path / "x").returncode == 2
+        if name.endswith("_document.idx"):
+            run = data("stats", tmp_path / "x")
+            assert (run.returncode, f"{path}: {said}" in run.stderr) == (2, True), run.stderr
+
+
+def test_a_reader_that_leaves_ends_it_quietly(answers: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from mindspeed_data.__main__ import main; main()"]
+    process = subprocess.Popen(
+        [*command, "show", str(answers / "x")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (128 + 13, b"")
+
+
+def test_the_tokenizer_is_found_from_any_folder(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_tokenizer(tmp_path / "made/tokenizer")
+    monkeypatch.chdir(tmp_path / "made")
+    command = ["sft", answers / "1.jsonl", "--tokenizer", "tokenizer", "--template", "chatml", "--output", "x"]
+    assert data(*command).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert data("show", "made/x").returncode == 0
+    folder.rename(tmp_path / "moved")
+    run = data("show", "made/x")
+    said = f"error: made/x: the tokenizer that made it, {folder}, is not there; name it with --tokenizer DIR\n"
+    assert (run.returncode, run.stderr) == (2, said)
+    assert data("show", "made/x", "--tokenizer", "moved").returncode == 0

@@ -60,6 +60,34 @@ def test_packed_samples_are_counted_one_by_one(prefix: Path) -> None:
     assert expected["padded"] == pytest.approx(plain["tokens"] / (64 * plain["samples"]))
 
 
+def test_packed_samples_that_nothing_describes_are_counted_and_a_changed_count_is_found(
+    prefix: Path, tmp_path: Path
+) -> None:
+    described = told(prefix.with_name("packed"))
+    for path in prefix.parent.glob("packed_packed*"):
+        (tmp_path / path.name.replace("packed", "p", 1)).write_bytes(path.read_bytes())
+    meta = tmp_path / "p_packed.meta.json"
+    description = json.loads(meta.read_text().replace('"packed_packed', '"p_packed'))
+    for changes, said in [
+        ({}, None),
+        ({"kept": description["kept"] + 1}, "its description says"),
+        ({"tokens": description["tokens"] - 1}, "its description says"),
+        ({"sequences": 3}, "its description says 3"),
+    ]:
+        meta.write_text(json.dumps({**description, **changes}))
+        run = data("verify", tmp_path / "p")
+        assert run.returncode == (0 if said is None else 2), run.stderr
+        assert (said or "") in run.stderr
+    meta.write_text(json.dumps(description))
+    sound = data("verify", tmp_path / "p").stdout
+    assert f"sound; {described['samples']} samples in {described['packed']['sequences']} sequences of 64, " in sound
+    meta.unlink()
+    assert data("verify", tmp_path / "p").stdout == sound
+    found = told(tmp_path / "p")
+    assert found == {name: described[name] for name in found}
+    assert found["samples"] == description["kept"]
+
+
 def test_the_terminal_shows_bars_and_packing(prefix: Path) -> None:
     run = data("stats", prefix, "--seq-length", 32, "--seq-length", 64)
     lines = run.stdout.splitlines()

@@ -23,6 +23,7 @@ from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import Tokenizer
 
 ANOTHER = "choose a template by name"
+THOUGHT = "reasoning_content"  # what chat templates call a thought that stands beside its answer
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,9 @@ class TokenizerTemplate:
         *,
         prompt: bool = False,
     ) -> str:
+        thoughts = any(message.get("thought") for message in messages)
+        if thoughts and THOUGHT not in str(tokenizer.hf.chat_template):  # it would leave them out and say nothing
+            raise ValueError(f"the tokenizer's chat template writes no {THOUGHT}; {ANOTHER}")
         written = [{"role": "system", "content": system}] if system else []
         written += map(_openai, messages)
         functions = [{"type": "function", "function": tool} for tool in tools] if tools else None
@@ -150,10 +154,11 @@ class TokenizerTemplate:
 def _openai(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it."""
     role, content = message["role"], message["content"]
+    thought = {THOUGHT: message["thought"]} if message.get("thought") else {}
     if role == "function":
         calls = [{"type": "function", "function": call} for call in message["calls"]]
-        return {"role": "assistant", "content": content, "tool_calls": calls}
-    return {"role": "tool" if role == "observation" else role, "content": content}
+        return {"role": "assistant", "content": content, **thought, "tool_calls": calls}
+    return {"role": "tool" if role == "observation" else role, "content": content, **thought}
 
 
 def _end(whole: str, start: int, message: Message, tokenizer: Tokenizer) -> int:

@@ -3,7 +3,8 @@
 A message has a role and a content. Questions are from "user" or, as the answer of a tool, from "observation"; answers from
 "assistant" or, as a call of tools, from "function". They alternate, and a question comes first; where several tools were
 called, their answers are several messages in a row and one question. A message of calls has them in "calls", a list of
-{"name": text, "arguments": object}, and in its content what is said before them, mostly nothing.
+{"name": text, "arguments": object}, and in its content what is said before them, mostly nothing. An answer may have a "thought"
+that stands beside its content instead of within it; how the two are put together a template knows.
 """
 
 from __future__ import annotations
@@ -42,9 +43,13 @@ class Labelled(NamedTuple):
 
 
 def split(messages: Sequence[Message], system: str | None = None) -> tuple[str | None, list[Message]]:
-    """Return the system text and the other messages; ValueError for messages that do not alternate."""
+    """Return the system text and the other messages; ValueError for messages that do not alternate, or for a system message
+    beside another system text."""
     first = 1 if messages and messages[0]["role"] == "system" else 0
-    system = system or (messages[0]["content"] if first else None) or None
+    own = messages[0]["content"] if first else None
+    if system and own and system != own:
+        raise ValueError("two system texts: that of the conversation is not that of its first message")
+    system = system or own or None
     if len(messages) == first:
         raise ValueError("a conversation without a question")
     previous = None

@@ -13,8 +13,9 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ class Token:
 
 Slot = str | Special | Token
 PLACE = re.compile(r"\{\{(\w+)\}\}")  # of a value within a slot of text
+# What models know as one token, and what spelled out in several is noise to them. `[INST]` and `<用户>` are text to theirs, too.
+MARK = re.compile(r"<[|｜][^|｜<>]+[|｜]>|<reserved_\d+>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Thought:
     start: str
     end: str
     empty: str
+    written: str  # with a place for the thought: what stands before the content of an answer that has one beside it
     in_history: bool = False  # earlier answers, whose thoughts are left out, have the empty one
 
     def within(self, text: str) -> bool:
@@ -73,6 +77,10 @@ class Thought:
 
     def removed(self, text: str) -> str:
         return re.sub(f"{re.escape(self.start)}.*?{re.escape(self.end)}", "", text, flags=re.DOTALL).lstrip("\n")
+
+    def before(self, thought: str, text: str) -> str:
+        """Return a thought and the text that follows it."""
+        return "".join(_filled((self.written,), thought=thought.strip("\n"))) + text.lstrip("\n")
 
 
 @dataclass(frozen=True)
@@ -107,23 +115,40 @@ class Template:
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Refuse a tokenizer that lacks a token of this template."""
-        instead = f"choose another template ({', '.join(sorted(TEMPLATES))})"
-        if self.replace_eos and tokenizer.id_of(self.stop_words[0]) is None:
-            raise InputError(
-                f"template {self.name} ends every answer with {self.stop_words[0]}, which the tokenizer in "
-                f"{tokenizer.folder} does not have; {instead}"
-            )
-        if (self.efficient_eos or Special("eos") in self.assistant) and self.eos(tokenizer) is None:
+        lacking = self.lacking(tokenizer)
+        if lacking is None:
+            return
+        if lacking == "eos":
             raise InputError(
                 f"template {self.name} ends every answer with the tokenizer's EOS, and the tokenizer in "
                 f"{tokenizer.folder} names none; set eos_token in its tokenizer_config.json"
             )
-        for slot in (*self.prefix, *self.system, *self.user, *self.assistant, *self.function, *self.observation):
-            if isinstance(slot, Token) and tokenizer.id_of(slot.text) is None:
-                raise InputError(
-                    f"template {self.name} writes {slot.text} as one token, which the tokenizer in "
-                    f"{tokenizer.folder} does not have; {instead}"
-                )
+        ends = self.replace_eos and lacking == self.stop_words[0]
+        writes = f"ends every answer with {lacking}" if ends else f"writes {lacking} as one token"
+        fitting = [name for name, other in sorted(TEMPLATES.items()) if other.lacking(tokenizer) is None]
+        raise InputError(
+            f"template {self.name} {writes}, which the tokenizer in {tokenizer.folder} does not have; name the tokenizer of a "
+            f"model that knows this template, or choose one that fits this tokenizer: {', '.join(fitting)}"
+        )
+
+    def lacking(self, tokenizer: Tokenizer) -> str | None:
+        """Return the first token of this template that a tokenizer does not have ("eos" for one that it does not name)."""
+        for mark in self.marks:
+            id = tokenizer.id_of(mark)
+            if id is None or id not in tokenizer.encode(mark):  # in the vocabulary, but never the ids of a text
+                return mark
+        ends = self.efficient_eos or Special("eos") in self.assistant
+        return "eos" if ends and self.eos(tokenizer) is None else None
+
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """What must be one token of the tokenizer, the end of answers first: what ends them, what slots name, and marks."""
+        slots = (self.prefix, self.system, self.user, self.assistant, self.function, self.observation, self.separator)
+        texts = [*(slot for slot in chain(*slots) if not isinstance(slot, Special)), self.next_observation or ""]
+        if self.thought is not None:
+            texts += [self.thought.start, self.thought.end, self.thought.empty]
+        found = [[text.text] if isinstance(text, Token) else MARK.findall(text) for text in texts]
+        return tuple(dict.fromkeys((*self.stop_words, *chain(*found))))
 
     def eos(self, tokenizer: Tokenizer) -> int | None:
         """The token at the end of every answer."""
@@ -220,11 +245,10 @@ class Template:
 
     def _answer(self, tokenizer: Tokenizer, question: list[int], message: Message) -> Turn:
         """A question and the answer that is learned, with the empty thought that it lacks."""
-        if self.thought is None:
-            return question, self._written(tokenizer, message)
-        if self.thinking is False:
-            message = {**message, "content": self.thought.removed(message["content"])}
+        message = self._thought_of(message, kept=self.thinking is not False)
         answer = self._written(tokenizer, message)
+        if self.thought is None:
+            return question, answer
         if self.thought.within(message["content"]):
             return question, answer
         if self.thinking:
@@ -233,12 +257,23 @@ class Template:
 
     def _past(self, tokenizer: Tokenizer, message: Message, *, current: bool) -> list[int]:
         """An answer given earlier. A thought of the current question stays, others are left out."""
-        if self.thought is None:
-            return self._written(tokenizer, message)
-        if not current or self.thinking is False:
-            message = {**message, "content": self.thought.removed(message["content"])}
-        unthought = self.thought.in_history and not self.thought.within(message["content"])
+        message = self._thought_of(message, kept=current and self.thinking is not False)
+        thought = self.thought
+        unthought = thought is not None and thought.in_history and not thought.within(message["content"])
         return (self._unthought(tokenizer) if unthought else []) + self._written(tokenizer, message)
+
+    def _thought_of(self, message: Message, *, kept: bool) -> Message:
+        """An answer whose thought stands within its content, or nowhere."""
+        beside, content = message.get("thought", ""), message["content"]
+        if self.thought is None:
+            if beside:
+                raise ValueError(f"template {self.name} writes no thoughts that stand beside an answer")
+            return message
+        if not kept:
+            content = self.thought.removed(content)
+        elif beside:
+            content = self.thought.before(beside, content)
+        return {**message, "content": content, "thought": ""}
 
     def _unthought(self, tokenizer: Tokenizer) -> list[int]:
         return [] if self.thought is None else tokenizer.encode(self.thought.empty)

@@ -217,7 +217,8 @@ def prm(
     tokenizer: TokenizerFolder,
     output: Output,
     format: Annotated[
-        Literal["placeholder", "math-shepherd", "stepwise"], typer.Option("--format", help="What the rows are.")
+        Literal["placeholder", "math-shepherd", "stepwise", "prmbench"],
+        typer.Option("--format", help="What the rows are."),
     ] = "placeholder",
     placeholder: Annotated[str, typer.Option("--placeholder", help="What ends a step; one token.")] = "ки",
     reward_tokens: Annotated[

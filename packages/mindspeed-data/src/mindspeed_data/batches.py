@@ -46,7 +46,7 @@ def batches(
         )
     if not len(dataset):
         raise InputError("the data set holds no samples")
-    stream = _Stream(len(dataset), seed, shuffle=shuffle)
+    stream = Stream(len(dataset), seed, shuffle=shuffle)
     lengths = getattr(dataset, "lengths", None)
     position, end = start_samples, None if epochs is None else epochs * len(dataset)
     while end is None or position < end:
@@ -89,7 +89,7 @@ def pad(pad_id: int, *, multiple: int = 1, length: int | None = None) -> Collate
     return collate
 
 
-class _Stream:
+class Stream:
     """The endless order of samples; it holds the permutation of one epoch."""
 
     def __init__(self, length: int, seed: int, *, shuffle: bool) -> None:

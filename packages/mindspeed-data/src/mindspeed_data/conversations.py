@@ -76,28 +76,50 @@ def message(row: Any, keys: Keys, place: str) -> Message:
     if not isinstance(row, Mapping):
         raise ValueError(f"not an object: {place} is {kind_of(row)}")
     role_key, content_key = keys["role_tag"], keys["content_tag"]
+    calling = [keys[tag] for tag in ("calls_tag", "call_tag") if tag in keys and row.get(keys[tag])]
     for key in (role_key, content_key):
-        if key not in row and not (key == content_key and row.get(keys.get("calls_tag"))):
+        if key not in row and not (key == content_key and calling):
             raise ValueError(f"a message without {key}: {place}")
     names = {keys[f"{role}_tag"]: role for role in ("system", "user", "assistant", "observation", "function")}
+    if "call_tag" in keys:
+        names.setdefault("function", "observation")  # who answered the only call of a message
     role = names.get(row[role_key]) if isinstance(row[role_key], str) else None
     if role is None:
         raise ValueError(f"unknown role: {place} is from {row[role_key]!r}, not from {', '.join(names)}")
-    content = string(row, content_key)
-    calls = row.get(keys["calls_tag"]) if "calls_tag" in keys else None
-    if calls:
-        if not isinstance(calls, list):
-            raise ValueError(f"{keys['calls_tag']} is {kind_of(calls)}, not a list: {place}")
+    content, thought = string(row, content_key), _thought(row, role, keys, place)
+    if calling:
         if role != "assistant":
             raise ValueError(f"wrong role: {place} calls functions and is from {row[role_key]}")
-        return {"role": "function", "content": content, "calls": [_openai_call(call, place) for call in calls]}
+        return {"role": "function", "content": content, **thought, "calls": _openai_calls(row, keys, calling, place)}
     if role == "function":
-        thought, mark, text = content.rpartition("</think>")
-        return {"role": role, "content": thought + mark, "calls": _calls(text, place)}
+        before, mark, text = content.rpartition("</think>")
+        return {"role": role, "content": before + mark, **thought, "calls": _calls(text, place)}
     if not content.strip() and role != "observation":  # a tool may have nothing to say
         kind = {"user": "question", "assistant": "answer"}.get(role, f"{role} text")
         raise ValueError(f"empty {kind}: {place}")
-    return {"role": role, "content": content}
+    return {"role": role, "content": content, **thought}
+
+
+def _thought(row: Mapping[str, Any], role: str, keys: Keys, place: str) -> dict[str, str]:
+    """The thought that stands beside the content of an answer."""
+    text = string(row, keys["thought_tag"]) if "thought_tag" in keys else ""
+    if not text.strip():
+        return {}
+    if role not in ANSWERS:
+        raise ValueError(f"wrong role: {place} has {keys['thought_tag']} and is from {row[keys['role_tag']]}")
+    return {"thought": text}
+
+
+def _openai_calls(row: Mapping[str, Any], keys: Keys, calling: list[str], place: str) -> list[dict[str, Any]]:
+    """The calls of a message, a list of them or the only one, as it was written before there were several."""
+    if len(calling) > 1:
+        raise ValueError(f"calls twice: {place} has {' and '.join(calling)}")
+    (key,), calls = calling, row[calling[0]]
+    if key == keys.get("call_tag"):
+        calls = [{"function": calls}]
+    if not isinstance(calls, list):
+        raise ValueError(f"{key} is {kind_of(calls)}, not a list: {place}")
+    return [_openai_call(call, place) for call in calls]
 
 
 def _calls(text: str, place: str) -> list[dict[str, Any]]:
@@ -189,6 +211,8 @@ OPENAI_KEYS = {
     "observation_tag": "tool",
     "function_tag": "function_call",
     "calls_tag": "tool_calls",
+    "call_tag": "function_call",
+    "thought_tag": "reasoning_content",
 }
 CONVERSATIONS = {
     "alpaca": Format("alpaca", {**ALPACA_KEYS, "response": "output"}, ("prompt", "response"), _alpaca),

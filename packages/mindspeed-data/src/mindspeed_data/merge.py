@@ -55,6 +55,7 @@ def merge(prefixes: Sequence[Path], output: Path, *, overwrite: bool) -> int:
     taken = path_of(output, f"{next(iter(names.values()))}.idx")
     if taken.exists() and not overwrite:
         raise InputError(f"{taken}: exists already; choose another --output, or replace it with --overwrite")
+    sidecar.check_alone(output, names)
     output.parent.mkdir(parents=True, exist_ok=True)
     inputs, offsets = _inputs(known)
     with ExitStack() as stack:

@@ -26,8 +26,6 @@ from mindspeed_data.indexed import IndexedDataset
 if TYPE_CHECKING:
     from mindspeed_data.pretrain import Samples
 
-LOOKED_AT = 64  # sequences of a data set that nothing describes
-
 
 class PackedSamples:
     """Sequences of `length` tokens, each of several samples of another data set.
@@ -82,20 +80,6 @@ class PackedFiles:
             "weights": torch.from_numpy(learned.astype(np.float32)),
             **marks(np.diff(ends, prepend=0).tolist()),
         }
-
-
-def packed_length(prefix: str | Path) -> int | None:
-    """Return the length of the sequences of a data set that is packed on the disk; None where its samples lie on their own.
-
-    Of one without a description it is told from the first masks: unpacked ones hold nothing but 1.
-    """
-    base = sidecar.instruction_prefix(prefix)
-    if (known := sidecar.read(base)) is not None:
-        return known.packed
-    masks = IndexedDataset(f"{base}{sidecar.INSTRUCTION['attention_mask']}")
-    if any((masks[i] != 1).any() for i in range(min(len(masks), LOOKED_AT))):
-        return len(masks[0])
-    return None
 
 
 def marks(sizes: list[int]) -> dict[str, Tensor]:

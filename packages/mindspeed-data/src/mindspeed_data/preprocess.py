@@ -266,7 +266,9 @@ class _Run:
                 bar.advance(count)
         lengths = first.lengths[order.samples]
         self.outcome.kept, self.outcome.sequences = len(lengths), len(order)
-        self.outcome.tokens, self.outcome.longest = int(lengths.sum()), int(lengths.max(initial=0))
+        sizes = [data.lengths[order.samples] for name, data in staged.items() if name.endswith(("text", "input_ids"))]
+        self.outcome.tokens = sum(int(each.sum(dtype=np.int64)) for each in sizes)
+        self.outcome.longest = max(int(each.max(initial=0)) for each in sizes)
         self.outcome.learned = sum(
             _learned(arrange.Staged(writer.prefix, writer.dtype).ids)
             for name, writer in self.arranged.items()
@@ -366,12 +368,13 @@ def _check_keys(job: Job, chunk: Chunk, row: Row) -> None:
         raise InputError(f"{source.path}: a text holds no questions and answers; use mindspeed-data pretrain")
     has = ", ".join(map(str, list(row.record)[:12])) or "no key"
     ours = next(name for name, key in job.keys.items() if key == missing[0])
-    hint = f'; name the right one: --map-keys \'{{"{ours}": "KEY"}}\''
-    if not isinstance(job, TextJob) and "text" in row.record:
-        hint = "; this looks like text: use mindspeed-data pretrain"
-    elif isinstance(job, TextJob) and {"instruction", "output"} <= set(row.record):
-        hint = "; this looks like instructions: use mindspeed-data sft"
-    raise InputError(f"{where}: no key {missing[0]!r}; the row has {has}{hint}")
+    from mindspeed_data import recognition  # it knows all templates and formats, and text needs none of them
+
+    hint = recognition.hint(row.record, job.described()["kind"], job.format.name)
+    if hint is None and not isinstance(job, TextJob) and "text" in row.record:
+        hint = "this looks like text: use mindspeed-data pretrain"
+    hint = hint or f'name the right one: --map-keys \'{{"{ours}": "KEY"}}\''
+    raise InputError(f"{where}: no key {missing[0]!r}; the row has {has}; {hint}")
 
 
 def _workers(job: Job, asked: int | None) -> int:
@@ -426,7 +429,8 @@ def _count(encoded: Encoded, outcome: Outcome) -> None:
     outcome.tokens += int(encoded.lengths.sum(dtype=np.int64))
     if encoded.documents is not None:
         outcome.sequences += int(encoded.documents.sum(dtype=np.int64))
-    outcome.longest = max(outcome.longest, int(encoded.lengths.max(initial=0)))
+    of_ids = [lengths for name, lengths in encoded.lengths_of.items() if name.endswith("input_ids")]  # of a pair
+    outcome.longest = max(outcome.longest, *(int(each.max(initial=0)) for each in of_ids or [encoded.lengths]))
     outcome.cut += encoded.cut
     outcome.split += encoded.split
     outcome.learned += sum(_learned(array) for name, array in encoded.arrays.items() if name.endswith("labels"))
@@ -440,7 +444,7 @@ def _learned(labels: NDArray[Any]) -> int:
 def _sidecar(job: Job, plan: Plan, outcome: Outcome, files: dict[str, Mark]) -> Sidecar:
     return Sidecar(
         **job.described(),
-        tokenizer=str(job.tokenizer.folder),
+        tokenizer=str(job.tokenizer.folder.absolute()),  # to be found from any folder
         fingerprint=job.tokenizer.fingerprint,
         vocab_size=job.tokenizer.vocab_size,
         dtype=job.dtype.name,

@@ -116,14 +116,26 @@ class TextSamples:
 class BlendedSamples:
     """Samples of several prefixes in the order that keeps their weights at every point."""
 
-    def __init__(self, parts: Sequence[TextSamples], which: NDArray[np.int16], sample: NDArray[np.int64]) -> None:
+    def __init__(self, parts: Sequence[Samples], which: NDArray[np.int16], sample: NDArray[np.int64]) -> None:
         self._parts, self._which, self._sample = parts, which, sample
+        self._lengths: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self._which)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self._parts[int(self._which[index])][int(self._sample[index])]
+
+    @property
+    def lengths(self) -> NDArray[np.int32] | None:
+        """Tokens of each sample, where those of all parts are known."""
+        of_parts = [known for part in self._parts if (known := getattr(part, "lengths", None)) is not None]
+        if self._lengths is None and len(of_parts) == len(self._parts):
+            self._lengths = np.empty(len(self), np.int32)
+            for number, known in enumerate(of_parts):
+                given = self._which == number
+                self._lengths[given] = known[self._sample[given]]
+        return self._lengths
 
 
 class _Maker:
@@ -139,13 +151,13 @@ class _Maker:
             raise InputError(f"every weight of a blend must be above 0: {dict(blend)}")
         if len(blend) == 1:
             return self.single(next(iter(blend)), share, samples)
-        weights = _normal(list(blend.values()))
+        weights = normal(list(blend.values()))
         counts = [math.ceil(samples * weight) for weight in weights]
         parts = [
             self.single(prefix, share, math.ceil(count * (1 + SURPLUS)))
             for prefix, count in zip(blend, counts, strict=True)
         ]
-        arrays = self._cached({"weights": weights, "samples": sum(counts)}, lambda: _interleave(weights, sum(counts)))
+        arrays = self._cached({"weights": weights, "samples": sum(counts)}, lambda: interleave(weights, sum(counts)))
         return BlendedSamples(parts, arrays["which"], arrays["sample"])
 
     def single(self, prefix: str | Path, share: tuple[float, float], samples: int) -> TextSamples:
@@ -201,11 +213,11 @@ def _shares(split: str | Sequence[float] | None) -> tuple[tuple[float, float], t
         weights = []
     if not 2 <= len(weights) <= 3 or min(weights) < 0 or weights[0] <= 0:
         raise InputError(f"data.split: {split!r}: two or three weights are expected, for training and evaluation: 95,5")
-    training, evaluation, *_ = _normal([*weights, 0.0][:3])
+    training, evaluation, *_ = normal([*weights, 0.0][:3])
     return (0.0, training), (training, training + evaluation) if evaluation > 0 else None
 
 
-def _normal(weights: Sequence[float]) -> list[float]:
+def normal(weights: Sequence[float]) -> list[float]:
     """Weights that sum to 1, in numpy's precision: the last bits decide who comes first in a blend."""
     array = np.array(weights, np.float64)
     return (array / np.sum(array)).tolist()
@@ -238,7 +250,7 @@ def _arrange(lengths: NDArray[np.int32], first: int, seq_length: int, samples: i
     }
 
 
-def _interleave(weights: Sequence[float], size: int) -> Arrays:
+def interleave(weights: Sequence[float], size: int) -> Arrays:
     """Which part gives each sample, and which of its samples: the part that lags its weight most, at every step.
 
     The loop over all samples is Megatron's own, in C++; `mindspeed_core.megatron.load` comes before, as everywhere.
@@ -247,5 +259,5 @@ def _interleave(weights: Sequence[float], size: int) -> Arrays:
 
     which, sample = np.zeros(size, np.int16), np.zeros(size, np.int64)
     # Megatron normalises twice, and the second time moves the last bits of some weights.
-    helpers_cpp.build_blending_indices(which, sample, _normal(weights), len(weights), size, False)
+    helpers_cpp.build_blending_indices(which, sample, normal(weights), len(weights), size, False)
     return {"which": which, "sample": sample}

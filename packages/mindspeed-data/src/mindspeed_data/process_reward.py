@@ -32,6 +32,13 @@ class Marks:
     placeholder: str = "ки"
     rewards: tuple[str, ...] = ("+", "-")
 
+    def __post_init__(self) -> None:
+        if len(set(self.rewards)) < 2:  # with one alone, bad steps would be labelled good
+            raise InputError(
+                f"--reward-tokens: {' '.join(self.rewards)!r} names {len(set(self.rewards))} token"
+                f"{'' if self.rewards else 's'}; at least two are needed, the best first, as in '+ -'"
+            )
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -161,18 +168,40 @@ def _math_shepherd(marks: Marks, record: Record, keys: Keys) -> Solution:
 
 def _stepwise(marks: Marks, record: Record, keys: Keys) -> Solution:
     prompt, steps, good = string(record, keys["prompt"]), record[keys["completions"]], record[keys["labels"]]
-    if not prompt.strip():
-        raise ValueError("empty question")
-    for key, values, kind in ((keys["completions"], steps, str), (keys["labels"], good, bool)):
-        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-            raise ValueError(f"{key} is not a list of {'texts' if kind is str else 'true and false'}")
-    if not steps or not all(step.strip() for step in steps):
-        raise ValueError("empty step")
+    _check_steps(prompt, steps, keys["completions"], marks)
+    if not isinstance(good, list) or not all(isinstance(value, bool) for value in good):
+        raise ValueError(f"{keys['labels']} is not a list of true and false")
     if len(steps) != len(good):
         raise ValueError(f"not a label for every step: {len(good)} for {len(steps)}")
+    return _stepped(marks, prompt, steps, good)
+
+
+def _prmbench(marks: Marks, record: Record, keys: Keys) -> Solution:
+    """The solution of PRMBench into which errors were put, told by the numbers of its bad steps."""
+    prompt, steps, errors = string(record, keys["prompt"]), record[keys["steps"]], record[keys["errors"]]
+    _check_steps(prompt, steps, keys["steps"], marks)
+    if not isinstance(errors, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in errors):
+        raise ValueError(f"{keys['errors']} is not a list of numbers")
+    beyond = [n for n in errors if not 1 <= n <= len(steps)]
+    if beyond:
+        raise ValueError(f"{keys['errors']} names a step that is not there: {beyond[0]} of {len(steps)}")
+    return _stepped(marks, prompt, steps, [number not in errors for number in range(1, len(steps) + 1)])
+
+
+def _check_steps(prompt: str, steps: Any, key: str, marks: Marks) -> None:
+    """Refuse a question and its steps that are not texts, or that hold the placeholder."""
+    if not prompt.strip():
+        raise ValueError("empty question")
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        raise ValueError(f"{key} is not a list of texts")
+    if not steps or not all(step.strip() for step in steps):
+        raise ValueError("empty step")
     if any(marks.placeholder in text for text in (prompt, *steps)):
         raise ValueError(f"a text that holds the placeholder {marks.placeholder} itself")
-    # a step a line, and a blank before the placeholder, as Math-Shepherd has it
+
+
+def _stepped(marks: Marks, prompt: str, steps: list[str], good: list[bool]) -> Solution:
+    """A step a line, and a blank before the placeholder, as Math-Shepherd has it."""
     parts = [f"{prompt}\n{steps[0]} ", *(f"\n{step} " for step in steps[1:]), ""]
     return Solution(tuple(parts), tuple(marks.rewards[0] if value else marks.rewards[-1] for value in good))
 
@@ -191,5 +220,11 @@ def process_rewards(marks: Marks) -> dict[str, Format]:
             {"prompt": "prompt", "completions": "completions", "labels": "labels"},
             ("prompt", "completions", "labels"),
             partial(_stepwise, marks),
+        ),
+        "prmbench": Format(
+            "prmbench",
+            {"prompt": "modified_question", "steps": "modified_process", "errors": "error_steps"},
+            ("prompt", "steps", "errors"),
+            partial(_prmbench, marks),
         ),
     }

@@ -15,24 +15,33 @@ Longer = Literal["drop", "cut", "split"]
 def check_length(size: int, length: int | None) -> None:
     """Raise ValueError for a sample of more tokens than a sequence has."""
     if length is not None and size > length:
-        raise ValueError(f"longer than {length} tokens: {size}")
+        raise longer_than(size, length)
+
+
+def longer_than(size: int, length: int) -> ValueError:
+    """The reason for which a sample of that many tokens is left out."""
+    return ValueError(f"longer than {length} tokens: {size}")
 
 
 def shorten(labels: NDArray[Any], length: int | None, longer: Longer) -> list[NDArray[np.int64]]:
     """Return the positions of each sample that a row with these labels becomes; ValueError where it becomes none.
 
-    Of a row that is split, stretches in which nothing is learned are no samples.
+    Of a row that is split, stretches in which nothing is learned are no samples. The first token of a sample never is: none
+    stands before it.
     """
     size = len(labels)
     positions = np.arange(size)
-    if length is None or size <= length:
-        return [positions]
-    if longer == "drop":
-        check_length(size, length)
-    parts = [cut(labels, length)] if longer == "cut" else np.split(positions, range(length, size, length))
-    learned = [part for part in parts if (labels[part] != IGNORED).any()]
+    fits = length is None or size <= length
+    if fits:
+        parts = [positions]
+    elif longer == "drop":
+        raise longer_than(size, length)
+    else:
+        parts = [cut(labels, length)] if longer == "cut" else np.split(positions, range(length, size, length))
+    learned = [part for part in parts if (labels[part[1:]] != IGNORED).any()]
     if not learned:
-        raise ValueError(f"nothing is learned of what fits into {length} tokens: {size}")
+        of = "it" if fits else f"what fits into {length} tokens"
+        raise ValueError(f"nothing is learned of {of}: {size} token{'' if size == 1 else 's'}")
     return learned
 
 

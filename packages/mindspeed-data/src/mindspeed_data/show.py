@@ -16,31 +16,28 @@ from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import TextStream, Tokenizer
 from mindspeed_data import sidecar
 from mindspeed_data.indexed import IndexedDataset, path_of
+from mindspeed_data.verify import damaged, faults_of_index, sound_files
 
 
 def show(prefix: Path, *, tokenizer: Path | None, start: int, count: int, length: int) -> None:
     """Print samples to stdout."""
-    from rich.console import Console
-
     known = sidecar.read(prefix)
-    folder = tokenizer or (Path(known.tokenizer) if known is not None else None)
-    if folder is None:
-        raise InputError(f"{prefix}: nothing beside it says which tokenizer made it; name it with --tokenizer")
-    loaded = Tokenizer.load(folder)
+    loaded = Tokenizer.load(tokenizer or _folder(prefix, known))
+    files = sound_files(prefix)
     sidecar.check_tokenizer(prefix, loaded)
-    files = {name: IndexedDataset(path) for name, path in sidecar.files_of(prefix).items()}
     ids = next(iter(files.values()))
-    total = len(ids.documents) - 1
+    total, packed = len(ids.documents) - 1, sidecar.packed_length(prefix) is not None
     if start >= total:
-        raise InputError(f"--start {start}: {prefix} holds {total:,} samples, counted from 0")
-    origins = _Origins(prefix, known)
-    out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        held = "sequences" if packed else "samples"
+        raise InputError(f"--start {start}: {prefix} holds {total:,} {held}, counted from 0")
+    origins = _Origins(prefix, known, total)
+    out = _page()
     for i in range(start, min(start + count, total)):
+        _check_ids(prefix, files, i, loaded.vocab_size)
         if ids.grouped:
             _show_document(out, loaded, ids, i, origins.of(i, 1)[0], length)
             continue
-        samples = _samples(files["attention_mask"][i]) if "attention_mask" in files else [slice(0, len(ids[i]))]
-        packed = samples != [slice(0, len(ids[i]))]
+        samples = _samples(files["attention_mask"][i]) if packed else [slice(0, len(ids[i]))]
         places = origins.of(i, len(samples))
         out.print(
             f"--- sequence {i} of {len(ids):,}" if packed else f"--- sample {i} of {len(ids):,}{places[0]}",
@@ -55,6 +52,51 @@ def show(prefix: Path, *, tokenizer: Path | None, start: int, count: int, length
         if filling := len(ids[i]) - samples[-1].stop:
             out.print(f"- {filling:,} tokens of filling", style="bold")
     sys.stdout.flush()
+
+
+def _folder(prefix: Path, known: sidecar.Sidecar | None) -> Path:
+    """The folder of the tokenizer that made a data set."""
+    if known is None:
+        raise InputError(f"{prefix}: nothing beside it says which tokenizer made it; name it with --tokenizer DIR")
+    folder = Path(known.tokenizer)
+    if not folder.is_dir():
+        raise InputError(f"{prefix}: the tokenizer that made it, {folder}, is not there; name it with --tokenizer DIR")
+    return folder
+
+
+def _page() -> Any:
+    """The console on stdout."""
+    from rich.console import Console
+
+    class Page(Console):
+        def on_broken_pipe(self) -> None:
+            """Leave to the command line how a program ends whose reader has left: quietly, with the code of SIGPIPE."""
+            raise  # rich calls this where it handles the error
+
+    return Page(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def _check_ids(prefix: Path, files: dict[str, IndexedDataset], i: int, vocab_size: int) -> None:
+    """Refuse to show what is no id, before it is decoded."""
+    for name, data in files.items():
+        if name == "attention_mask":
+            continue
+        values = data.ids[slice(*_bounds(data, i))]
+        wrong = (values < 0) | (values >= vocab_size)
+        if name.endswith("labels"):
+            wrong &= values != IGNORED
+        if wrong.any():
+            bad = int(values[int(np.argmax(wrong))])
+            raise damaged(
+                f"{path_of(data.prefix, '.bin')}: sample {i} holds {bad}, not an id of the vocabulary", prefix
+            )
+
+
+def _bounds(data: IndexedDataset, i: int) -> tuple[int, int]:
+    """Where the ids of a document, of one sequence or several, begin and end."""
+    first, stop = int(data.documents[i]), int(data.documents[i + 1])
+    begin = int(data.offsets[first]) // data.dtype.itemsize if first < len(data) else 0
+    return begin, begin + int(data.lengths[first:stop].sum(dtype=np.int64))
 
 
 def _texts(files: dict[str, IndexedDataset]) -> list[tuple[str | None, IndexedDataset, IndexedDataset | None]]:
@@ -120,14 +162,23 @@ def _parts(tokenizer: Tokenizer, ids: list[int], labels: list[int] | None) -> It
 class _Origins:
     """From which file and line samples came, as far as it is known."""
 
-    def __init__(self, prefix: Path, known: sidecar.Sidecar | None) -> None:
+    def __init__(self, prefix: Path, known: sidecar.Sidecar | None, total: int) -> None:
         path = sidecar.beside(prefix, sidecar.ORIGIN)
+        self._prefix, self._path = prefix, path_of(path, ".bin")
         self._places = IndexedDataset(path) if known is not None and path_of(path, ".idx").exists() else None
+        if self._places is not None and (fault := next(faults_of_index(self._places), None)):
+            raise damaged(fault, prefix)
+        if self._places is not None and len(self._places) != total:
+            raise damaged(f"{path_of(path, '.idx')}: tells of {len(self._places):,} samples, not {total:,}", prefix)
         self._inputs = [] if known is None else [source["path"] for source in known.inputs]
+        self._numbers = frozenset(range(len(self._inputs)))
 
     def of(self, sequence: int, samples: int) -> list[str]:
         """Return ", from FILE:LINE" for each sample of a sequence; nothing where it is not known."""
         if self._places is None:
             return [""] * samples
-        places = self._places[sequence].reshape(-1, 2).tolist()
+        pairs = self._places[sequence]
+        if len(pairs) != 2 * samples or not set(pairs[::2].tolist()) <= self._numbers:
+            raise damaged(f"{self._path}: does not tell where sample {sequence} comes from", self._prefix)
+        places = pairs.reshape(-1, 2).tolist()
         return [f", from {self._inputs[file]}{f':{line}' if line else ''}" for file, line in places]

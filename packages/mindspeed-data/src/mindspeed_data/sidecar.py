@@ -24,6 +24,7 @@ PAIRWISE = {
 ORIGIN = ".origin"  # beside the ids: the number of the input and the line of every sample
 LEFT_OUT = ".left_out.jsonl"  # beside the ids: every row that is not in the data, with file, line and reason
 SCANNED = 4_000_000  # ids that are looked at where no sidecar names the tokenizer
+LOOKED_AT = 64  # masks that are looked at where no sidecar says whether sequences are packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Sidecar:
     """The contents of `PREFIX_text_document.meta.json`, `PREFIX_text_sentence.meta.json` or `PREFIX_packed.meta.json`."""
 
     kind: str  # "pretrain", "instruction", "pairwise" or "process_reward"
-    tokenizer: str  # the folder, as it was given
+    tokenizer: str  # the folder
     fingerprint: str
     vocab_size: int
     dtype: str
@@ -39,7 +40,7 @@ class Sidecar:
     left_out: dict[str, int]  # reason -> rows
     tokens: int
     learned: int  # tokens that carry a loss
-    longest: int  # tokens of the longest sample
+    longest: int  # tokens of the longest sample; of pairs, of an answer with its question
     inputs: list[dict[str, Any]]  # {"path", "bytes"}
     template: str | None = None
     thinking: bool | None = None
@@ -197,12 +198,27 @@ def read(prefix: str | Path) -> Sidecar | None:
         raise InputError(f"{path}: not readable as a description of data; remove it or write the data again") from error
 
 
+def packed_length(prefix: str | Path) -> int | None:
+    """Return the length of the sequences of a data set that is packed on the disk; None where its samples lie on their own.
+
+    Of one without a description it is told from the first masks: unpacked ones hold nothing but 1.
+    """
+    if (known := read(prefix)) is not None:
+        return known.packed
+    if (path := files_of(prefix).get("attention_mask")) is None:
+        return None
+    masks = IndexedDataset(path)
+    if any((masks[i] != 1).any() for i in range(min(len(masks), LOOKED_AT))):
+        return len(masks[0])
+    return None
+
+
 def check_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that the data was not made with; where that is not known, one whose ids end too early."""
     known = read(prefix)
     if known is not None:
         if known.fingerprint != tokenizer.fingerprint:
-            same = str(tokenizer.folder) == known.tokenizer
+            same = tokenizer.folder.absolute() == Path(known.tokenizer).absolute()
             raise InputError(
                 f"{prefix}: was made with another tokenizer, {known.tokenizer}{' as it was then' if same else ''} "
                 f"({known.vocab_size:,} ids), than {tokenizer.folder} ({tokenizer.vocab_size:,} ids); "

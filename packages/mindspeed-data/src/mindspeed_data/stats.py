@@ -13,6 +13,7 @@ from mindspeed_core.conversation import IGNORED
 from mindspeed_data import sidecar
 from mindspeed_data.fitting import best_fit
 from mindspeed_data.indexed import IndexedDataset
+from mindspeed_data.verify import sound_files
 
 BLOCK = 1 << 22  # ids that are looked at together
 LENGTHS = (2048, 4096, 8192, 32768)  # of sequences, where none is asked for
@@ -23,11 +24,13 @@ SHARES = {"median": 50, "p90": 90, "p99": 99}
 def stats(prefix: Path, *, seq_lengths: tuple[int, ...] = ()) -> dict[str, Any]:
     """Return the numbers of a data set."""
     known = sidecar.read(prefix)
-    files = {name: IndexedDataset(path) for name, path in sidecar.files_of(prefix).items()}
-    lengths = _lengths(files, known)
+    files, packed = sound_files(prefix), sidecar.packed_length(prefix)
+    lengths = _lengths(files, packed)
+    answers = len(lengths) if "chosen_input_ids" in files else None
     labels = [data.ids for name, data in files.items() if name.endswith("labels")]
     told: dict[str, Any] = {
-        "samples": len(lengths),
+        "samples": len(lengths) if answers is None else answers // 2,
+        **({"answers": answers} if answers is not None else {}),
         **({"documents": len(data.documents) - 1} if (data := next(iter(files.values()))).grouped else {}),
         "tokens": int(lengths.sum()),
         "learned": sum(map(_learned, labels)) if labels else int(lengths.sum()),
@@ -39,9 +42,9 @@ def stats(prefix: Path, *, seq_lengths: tuple[int, ...] = ()) -> dict[str, Any]:
     }
     if known is not None:
         told |= {"cut": known.cut, "split": known.split, "left_out": known.left_out}
-    if known is not None and known.packed is not None:
-        filled = told["tokens"] / max(len(files["input_ids"]) * known.packed, 1)
-        told["packed"] = {"seq_length": known.packed, "sequences": len(files["input_ids"]), "filled": filled}
+    if packed is not None:
+        filled = told["tokens"] / max(len(files["input_ids"]) * packed, 1)
+        told["packed"] = {"seq_length": packed, "sequences": len(files["input_ids"]), "filled": filled}
     elif "input_ids" in files:
         given = seq_lengths or ((known.seq_length,) if known is not None and known.seq_length else LENGTHS)
         told["packing"] = [_packing(lengths, length) for length in given]
@@ -54,6 +57,8 @@ def table(prefix: Path, told: dict[str, Any]) -> str:
     samples = f"{told['samples']:,} samples"
     if "documents" in told:
         samples = f"{told['samples']:,} sentences of {told['documents']:,} documents"
+    if "answers" in told:  # what --seq-length limits and training cuts is one answer with its question
+        samples = f"{told['samples']:,} pairs: {told['answers']:,} answers, each with its question"
     lines = [
         f"{prefix}: {samples}, {told['tokens']:,} tokens, {share:.0%} of them learned",
         f"lengths: {told['shortest']:,} to {told['longest']:,}, mean {told['mean']:,.1f}, "
@@ -85,22 +90,20 @@ def table(prefix: Path, told: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _lengths(files: dict[str, IndexedDataset], known: sidecar.Sidecar | None) -> NDArray[np.int64]:
-    """The tokens of every sample; of a pair, those of both answers."""
-    if known is not None and known.packed is not None:
-        return np.concatenate([np.empty(0, np.int64), *_packed_lengths(files["attention_mask"], known.packed)])
+def _lengths(files: dict[str, IndexedDataset], packed: int | None) -> NDArray[np.int64]:
+    """The tokens of every sample; of pairs, of every answer with its question."""
+    if packed is not None:
+        return np.concatenate([np.empty(0, np.int64), *_packed_lengths(files["attention_mask"])])
     of_ids = [data for name, data in files.items() if name == "text" or name.endswith("input_ids")]
-    return np.sum([np.asarray(data.lengths, np.int64) for data in of_ids], axis=0)
+    return np.concatenate([np.asarray(data.lengths, np.int64) for data in of_ids])
 
 
-def _packed_lengths(mask: IndexedDataset, length: int) -> Iterator[NDArray[np.int64]]:
-    """The lengths of the samples that share sequences, from their numbers."""
-    rows = max(1, BLOCK // length)
-    for start in range(0, len(mask), rows):
-        numbers = mask.ids[start * length : (start + rows) * length].reshape(-1, length).astype(np.int64)
-        places = numbers + np.arange(len(numbers))[:, None] * (int(numbers.max(initial=0)) + 1)
-        counts = np.bincount(places[numbers > 0])
-        yield counts[counts > 0]
+def _packed_lengths(mask: IndexedDataset) -> Iterator[NDArray[np.int64]]:
+    """The lengths of the samples that share sequences: stretches of one number, 0 being none."""
+    for i in range(len(mask)):
+        numbers = mask[i]
+        starts = np.concatenate(([0], np.flatnonzero(np.diff(numbers)) + 1))
+        yield np.diff(starts, append=len(numbers))[numbers[starts] > 0]
 
 
 def _learned(labels: NDArray[Any]) -> int:

@@ -11,6 +11,7 @@ from unicodedata import is_normalized
 import numpy as np
 from numpy.typing import NDArray
 
+from mindspeed_core.conversation import IGNORED
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.formats import Format
 from mindspeed_data.readers import Chunk, Fault, Rows, Source
@@ -175,7 +176,7 @@ class InstructionJob(Job):
                 split += self.longer == "split"
             for part in parts:
                 ids.append(row[part])
-                labels.append(target[part])
+                labels.append(_behind_another(target[part]))
                 lengths.append(len(part))
                 places.append(place)
         whole = np.concatenate(ids)
@@ -189,6 +190,13 @@ class InstructionJob(Job):
         if self.eod is not None and self.eod not in ids[-2:]:  # qwen3 and intern2 write a newline behind it
             ids, labels = np.append(ids, ids.dtype.type(self.eod)), np.append(labels, labels.dtype.type(self.eod))
         return ids, labels, shorten(labels, self.seq_length, self.longer)
+
+
+def _behind_another(labels: NDArray[Any]) -> NDArray[Any]:
+    """The labels of a sample without that of its first token, which nothing stands before that could predict it: training
+    drops it, and so it is not counted."""
+    labels[:1] = IGNORED
+    return labels
 
 
 def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder:

@@ -22,33 +22,50 @@ def verify(prefix: Path) -> str:
     known = sidecar.read(prefix)
     files = {name: IndexedDataset(path) for name, path in sidecar.files_of(prefix).items()}
     of_ids = [data for name, data in files.items() if name == "text" or name.endswith("input_ids")]
-    faults = [fault for data in files.values() for fault in _faults_of_index(data)]
+    faults = list(_faults_of_indexes(files))
     if not faults:
         faults = [fault for data in of_ids for fault in _faults_of_ids(data, known)]
-        faults += _faults_beside(files, known)
-        faults += _faults_of_packing(files, known)
+        faults += _faults_of_all_labels(files, known)
     data, tokens = of_ids[0], sum(data.tokens for data in of_ids)
+    samples, room, packed = len(data.documents) - 1, tokens, None if faults else sidecar.packed_length(prefix)
+    if packed is not None:
+        found, samples, tokens = _packed(files["attention_mask"], packed)
+        faults += found
     if known is not None and not faults:
-        faults += _faults_of_description(prefix, known, data, tokens)
+        faults += _faults_of_description(prefix, known, samples, tokens, len(data))
     if faults:
         raise InputError("\n".join(faults))
     longest = max(int(data.lengths.max(initial=0)) for data in of_ids)
-    if known is not None and known.packed is not None:
-        share = known.tokens / max(tokens, 1)
-        return f"{prefix}: sound; {known.kept:,} samples in {len(data):,} sequences of {known.packed:,}, {share:.2%} filled"
-    samples, sentences = len(data.documents) - 1, f" in {len(data):,} sentences" if data.grouped else ""
+    if packed is not None:
+        share = tokens / max(room, 1)
+        return f"{prefix}: sound; {samples:,} samples in {len(data):,} sequences of {packed:,}, {share:.2%} filled"
+    sentences = f" in {len(data):,} sentences" if data.grouped else ""
     return f"{prefix}: sound; {samples:,} samples{sentences}, {tokens:,} tokens, longest {longest:,}, {data.dtype.name}"
 
 
-def _faults_of_description(prefix: Path, known: Sidecar, data: IndexedDataset, tokens: int) -> Iterator[str]:
+def sound_files(prefix: Path) -> dict[str, IndexedDataset]:
+    """Return the files of a data set for those who look into it; InputError in one line where an index is damaged."""
+    files = {name: IndexedDataset(path) for name, path in sidecar.files_of(prefix).items()}
+    fault = next(_faults_of_indexes(files), None)
+    if fault is not None:
+        raise damaged(fault, prefix)
+    return files
+
+
+def damaged(fault: str, prefix: Path) -> InputError:
+    """What to say of a data set in which the first fault that was met is this one."""
+    return InputError(
+        f"{fault}: the data set is damaged; write it again, or see what else is wrong with mindspeed-data verify {prefix}"
+    )
+
+
+def _faults_of_description(prefix: Path, known: Sidecar, samples: int, tokens: int, sequences: int) -> Iterator[str]:
     """Faults of counts and hashes."""
-    expected = (known.kept, known.tokens)
-    if known.packed is not None:
-        expected = (known.sequences, (known.sequences or 0) * known.packed)
-    samples = len(data.documents) - 1
-    if (samples, tokens) != expected:
-        said = f"{expected[0]:,} and {expected[1]:,}"
+    if (samples, tokens) != (known.kept, known.tokens):
+        said = f"{known.kept:,} and {known.tokens:,}"
         yield f"{prefix}: holds {samples:,} samples and {tokens:,} tokens, its description says {said}"
+    if known.packed is not None and sequences != known.sequences:
+        yield f"{prefix}: holds {sequences:,} sequences, its description says {known.sequences or 0:,}"
     folder = sidecar.beside(prefix, "").parent
     for name, told in known.files.items():
         path = folder / name
@@ -60,7 +77,24 @@ def _faults_of_description(prefix: Path, known: Sidecar, data: IndexedDataset, t
             yield f"{path}: was changed since it was written: its hash is another one"
 
 
-def _faults_of_index(data: IndexedDataset) -> Iterator[str]:
+def _faults_of_indexes(files: dict[str, IndexedDataset]) -> Iterator[str]:
+    """Faults of every index, and of those of masks and labels beside that of their ids."""
+    faulty = [fault for data in files.values() for fault in faults_of_index(data)]
+    yield from faulty
+    for name, data in () if faulty else files.items():
+        ids = _ids_beside(name, files)
+        if ids is not None and not np.array_equal(data.lengths, ids.lengths):
+            yield f"{path_of(data.prefix, '.idx')}: its lengths are not those of {ids.prefix.name}"
+
+
+def _ids_beside(name: str, files: dict[str, IndexedDataset]) -> IndexedDataset | None:
+    """The ids that a file of masks or labels belongs to; None for ids themselves."""
+    if name.endswith("input_ids"):
+        return None
+    return files.get("chosen_input_ids" if name.startswith("chosen") else "rejected_input_ids", files.get("input_ids"))
+
+
+def faults_of_index(data: IndexedDataset) -> Iterator[str]:
     idx, bin = path_of(data.prefix, ".idx"), path_of(data.prefix, ".bin")
     if len(data) and int(data.lengths.min()) < 0:
         yield f"{idx}: a sequence of negative length"
@@ -88,40 +122,30 @@ def _faults_of_ids(data: IndexedDataset, known: Sidecar | None) -> Iterator[str]
             return
 
 
-def _faults_beside(files: dict[str, IndexedDataset], known: Sidecar | None) -> Iterator[str]:
-    """Faults of masks and labels, each beside its ids."""
+def _faults_of_all_labels(files: dict[str, IndexedDataset], known: Sidecar | None) -> Iterator[str]:
     for name, data in files.items():
-        ids = files.get(
-            "chosen_input_ids" if name.startswith("chosen") else "rejected_input_ids", files.get("input_ids")
-        )
-        if ids is None or data is ids:
-            continue
-        if not np.array_equal(data.lengths, ids.lengths):
-            yield f"{path_of(data.prefix, '.idx')}: its lengths are not those of {ids.prefix.name}"
-        elif name.endswith("labels"):
+        ids = _ids_beside(name, files)
+        if ids is not None and name.endswith("labels"):
             yield from _faults_of_labels(ids, data, known)
 
 
-def _faults_of_packing(files: dict[str, IndexedDataset], known: Sidecar | None) -> Iterator[str]:
-    """The samples of a packed sequence are numbered from 1, and what is behind them is 0."""
-    if known is None or known.packed is None:
-        return
-    mask = files["attention_mask"]
+def _packed(mask: IndexedDataset, length: int) -> tuple[list[str], int, int]:
+    """Faults of packed sequences, whose samples are numbered from 1 with 0 behind them, and how many samples and tokens
+    they hold."""
+    samples = tokens = 0
     for i in range(len(mask)):
         numbers = mask[i]
-        samples = numbers[: int(np.count_nonzero(numbers))]
-        if not (
-            len(numbers) == known.packed
-            and len(samples)
-            and samples[0] == 1
-            and np.isin(np.diff(samples), (0, 1)).all()
-        ):
-            yield f"{path_of(mask.prefix, '.bin')}: sequence {i} does not number its samples from 1"
-            return
+        filled = numbers[: int(np.count_nonzero(numbers))]
+        if not (len(numbers) == length and len(filled) and filled[0] == 1 and np.isin(np.diff(filled), (0, 1)).all()):
+            return [f"{path_of(mask.prefix, '.bin')}: sequence {i} does not number its samples from 1"], samples, tokens
+        samples += int(filled[-1])
+        tokens += len(filled)
+    return [], samples, tokens
 
 
 def _faults_of_labels(ids: IndexedDataset, labels: IndexedDataset, known: Sidecar | None) -> Iterator[str]:
     allowed = None if known is None else known.stand_ins
+    first = 0 if known is not None and known.kind == "process_reward" else 1  # behind which tokens are predicted
     for i in range(len(ids)):
         learned = labels[i] != IGNORED
         others = set(labels[i][learned & (labels[i] != ids[i])].tolist())
@@ -130,6 +154,6 @@ def _faults_of_labels(ids: IndexedDataset, labels: IndexedDataset, known: Sideca
         if not others <= (allowed or set()):
             yield f"{path_of(labels.prefix, '.bin')}: sample {i} has a label that is not the id beside it"
             return
-        if not learned.any():
+        if not learned[first:].any():
             yield f"{path_of(labels.prefix, '.bin')}: nothing of sample {i} is learned"
             return

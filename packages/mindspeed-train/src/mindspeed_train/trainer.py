@@ -29,6 +29,7 @@ from mindspeed_core.optim.build import build_optimizer, set_lr
 from mindspeed_core.parallel.data import gather_parameters, wrap_data_parallel
 from mindspeed_core.parallel.mesh import Mesh
 from mindspeed_data.batches import batches
+from mindspeed_data.pretrain import BlendedSamples
 from mindspeed_train.config import Recipe
 from mindspeed_train.meter import Meter
 from mindspeed_train.model import find_model, write_assets
@@ -191,7 +192,7 @@ class Trainer:
             dp_size=self.mesh.dp.size,
             start_samples=self.progress.samples,
             seed=self.recipe.train.seed,
-            shuffle=self.task.shuffle,
+            shuffle=self.task.shuffle and not isinstance(self.train_data, BlendedSamples),
             collate=self.collate,
         )
 

@@ -9,10 +9,11 @@ from mindspeed_core.errors import InputError
 from mindspeed_core.parallel.context import length_multiple
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.batches import Collate, pad
+from mindspeed_data.blend import blend, check_weights
 from mindspeed_data.instruction import InstructionSamples
-from mindspeed_data.packing import PackedFiles, PackedSamples, packed_length
+from mindspeed_data.packing import PackedFiles, PackedSamples
 from mindspeed_data.pretrain import Samples
-from mindspeed_data.sidecar import instruction_prefix
+from mindspeed_data.sidecar import instruction_prefix, packed_length
 from mindspeed_train.config import Recipe
 from mindspeed_train.model import Model
 from mindspeed_train.tasks.task import Task, token_loss
@@ -21,12 +22,25 @@ MULTIPLE = 8  # lengths are rounded up to a multiple of this, so that kernels se
 
 
 def _datasets(recipe: Recipe, model: Model) -> tuple[Samples, Samples | None]:
-    valid = recipe.data.valid if recipe.train.eval_every else None
-    return _samples(recipe.data.train, recipe, model), None if valid is None else _samples(valid, recipe, model)
+    train, total = recipe.train, recipe.batch.total
+    training = _blend(recipe.data.train, recipe, model, samples=train.steps * total, shuffle=True)
+    valid = recipe.data.valid if train.eval_every else None
+    if valid is None:
+        return training, None
+    return training, _blend(valid, recipe, model, samples=train.eval_steps * total or None, shuffle=False)
 
 
-def _samples(data: str | Mapping[str, float], recipe: Recipe, model: Model) -> Samples:
-    (prefix,) = Task.prefixes(data)
+def _blend(
+    data: str | Mapping[str, float], recipe: Recipe, model: Model, *, samples: int | None, shuffle: bool
+) -> Samples:
+    """The samples of one prefix, which the trainer shuffles, or of several in an order of their own."""
+    parts = [_samples(prefix, recipe, model) for prefix in Task.prefixes(data)]
+    if isinstance(data, str) or len(parts) == 1:
+        return parts[0]
+    return blend(parts, list(data.values()), samples, seed=recipe.train.seed, shuffle=shuffle)
+
+
+def _samples(prefix: str, recipe: Recipe, model: Model) -> Samples:
     length = model.seq_length(recipe)
     if packed_length(prefix) is not None:
         return PackedFiles(prefix)
@@ -46,11 +60,13 @@ def _collate(recipe: Recipe, model: Model) -> Collate | None:
 def _check(recipe: Recipe) -> None:
     problems = []
     for name in ("train", "valid"):
-        if len(Task.prefixes(getattr(recipe.data, name))) > 1:
-            problems.append(
-                f"data.{name}: fine-tuning takes one prefix; write all files into one data set with mindspeed-data sft"
-            )
-        problems += [line for prefix in Task.prefixes(getattr(recipe.data, name)) for line in _packed(prefix, recipe)]
+        data = getattr(recipe.data, name)
+        if isinstance(data, Mapping):
+            try:
+                check_weights(f"data.{name}", data)
+            except InputError as error:
+                problems.append(str(error))
+        problems += [line for prefix in Task.prefixes(data) for line in _packed(prefix, recipe)]
     if recipe.data.split is not None:
         problems.append(
             "data.split: is for pretraining text; write a validation set of its own and name it as data.valid"

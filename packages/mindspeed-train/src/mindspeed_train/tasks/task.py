@@ -22,7 +22,7 @@ class Task:
     name: str
     find: Callable[[str], Path]  # a prefix as the recipe names it -> the files; InputError where there are none
     datasets: Callable[[Recipe, Model], tuple[Samples, Samples | None]]  # to learn from, and to evaluate on
-    shuffle: bool  # True: the trainer draws the order of samples; False: the data set has one
+    shuffle: bool  # True: the trainer draws the order of samples, but for a blend's; False: the data set has one
     collate: Callable[[Recipe, Model], Collate | None]  # samples -> a batch; None stacks samples of one length
     varies: bool  # True: micro batches differ in length, unless samples are packed
     forward: Callable[[Any, Batch], Tensor]  # on the last stage the sum over tokens of weight * loss
