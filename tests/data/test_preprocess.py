@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -489,6 +490,41 @@ def test_results_come_in_order_and_items_are_taken_as_needed() -> None:
         for n, result in enumerate(pool.map(items())):
             assert result == str(n)
             assert len(taken) <= n + 1 + 3 * AHEAD
+
+
+@pytest.mark.parametrize("change", ["shrinks", "grows", "is written to"])
+@pytest.mark.parametrize("late", [False, True])
+def test_input_that_changes_under_a_run_is_said(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, late: bool
+) -> None:
+    from mindspeed_data import preprocess
+
+    monkeypatch.setattr(readers, "CHUNK", 20_000)
+    source = lines(tmp_path / "in.jsonl", 2000)
+    size = source.stat().st_size
+
+    def changes() -> None:
+        with open(source, "r+b") as file:
+            if change == "is written to":
+                file.write(b"{")
+                os.utime(source, ns=(1, 1))
+            else:
+                file.truncate(size // 2 if change == "shrinks" else size + 1)
+
+    tell = preprocess._Places.tell
+
+    def told(places: preprocess._Places, chunk: readers.Chunk, *rest: Any) -> Any:
+        if (chunk.pieces[-1].stop == size) == late:
+            changes()
+        return tell(places, chunk, *rest)
+
+    monkeypatch.setattr(preprocess._Places, "tell", told)
+    run = data("pretrain", source, "--tokenizer", tokenizer, "--output", tmp_path / "new/x")
+    assert (run.returncode, run.stderr.splitlines()[-1]) == (
+        2,
+        f"error: {source}: changed while it was read; run again when nothing writes to it any more",
+    )
+    assert leftovers(tmp_path / "new") == []
 
 
 @pytest.mark.parametrize("name", ["bin", "lengths", "idx"])

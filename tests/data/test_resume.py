@@ -42,7 +42,9 @@ CHUNK = 4000
 CHUNKS = 60  # and more than there are
 
 
-def start(folder: Path, output: Path, workers: int, *, seq_length: int | None = None) -> preprocess.Outcome:
+def start(
+    folder: Path, output: Path, workers: int, *, seq_length: int | None = None, strict: bool = False
+) -> preprocess.Outcome:
     """Write a data set of the rows in the folder: of text, or packed."""
     common: dict[str, Any] = {
         "sources": find([folder / "rows"]),
@@ -51,7 +53,7 @@ def start(folder: Path, output: Path, workers: int, *, seq_length: int | None = 
     }
     if seq_length is None:
         job: Any = TextJob(**common, format=formats.TEXT, keys=formats.TEXT.keys, eod=0)
-        return preprocess.run(job, output, workers=workers)
+        return preprocess.run(job, output, workers=workers, strict=strict)
     from mindspeed_core.templates import TEMPLATES
     from mindspeed_data.conversations import CONVERSATIONS
     from mindspeed_data.tokenize import InstructionJob
@@ -273,6 +275,25 @@ def test_another_job_begins_anew(
     start(folder, tmp_path / "new/x", 1)
     os.utime(rows, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert written(tmp_path / "new/x") == straight[False]
+
+
+def test_strict_holds_for_what_an_earlier_run_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK", CHUNK)
+    add = Journal.add
+
+    def dies(journal: Journal, line: dict[str, Any], files: Any) -> None:
+        add(journal, line, files)
+        if line.get("chunk") == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="after"):
+        patch.setattr(Journal, "add", dies)
+        start(folder, tmp_path / "x", 1)
+    with pytest.raises(InputError, match=r"a.jsonl:1: not valid JSON"):
+        start(folder, tmp_path / "x", 1, strict=True)
+    start(folder, tmp_path / "x", 1)  # without it nothing of what was done is lost
 
 
 def test_two_runs_do_not_write_the_same_data_set(folder: Path, tmp_path: Path) -> None:

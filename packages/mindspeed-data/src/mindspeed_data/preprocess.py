@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from mindspeed_data.pool import Pool
 from mindspeed_data.readers import Chunk, Fault, Row, Rows
 from mindspeed_data.sentences import SentenceJob
 from mindspeed_data.sidecar import LEFT_OUT, ORIGIN, Sidecar
-from mindspeed_data.sources import Source
+from mindspeed_data.sources import Source, changed, stamps
 from mindspeed_data.tokenize import Encoded, EncoderError, Job, TextJob, encoders_agree
 
 NAMED = 10  # rows left out that are named one by one on the terminal
@@ -115,7 +115,8 @@ class _Run:
         self.overwrite, self.strict = overwrite, strict
         if not self._beside(".journal.tmp").exists():
             self._check_taken()
-        self.journal = Journal(self._beside(".journal.tmp"), _identity(job, plan))
+        self.stamps = stamps(job.sources)
+        self.journal = Journal(self._beside(".journal.tmp"), _identity(job, plan, self.stamps))
         self.parts = self._beside(".parts.tmp")
         self.writers: dict[str, IndexedWriter] = {}
         self.left_out: GrowingFile | None = None
@@ -129,10 +130,13 @@ class _Run:
         if self.journal.other:
             console.print(f"{self.journal.path}: what another command left unfinished is replaced")
         line = self.journal.resume()
+        if line is not None:
+            self.kept = line["outcome"]["kept"]
+            if self.strict and line["outcome"]["named"]:
+                raise InputError(line["outcome"]["named"][0])
         if line is not None and "moves" in line:  # it ended while files got their names
             self._publish(line["moves"])
             return Outcome.of(line)
-        self.kept = 0 if line is None else line["outcome"]["kept"]
         self._check_taken()
         if line is None:
             self.job = dataclasses.replace(self.job, fast=_look(self.job))
@@ -149,7 +153,11 @@ class _Run:
         writers = self._arrange() if self.plan.arranges else list(self.writers.values())
         for writer in writers:
             writer.finish()
-        self._publish(self._described(writers))
+        moves = self._described(writers)
+        if (other := self._changed()) is not None:
+            raise changed(other)
+        self.journal.add({"moves": moves, "outcome": self.outcome.told()}, [])
+        self._publish(moves)
         return self.outcome
 
     def end(self) -> int:
@@ -158,6 +166,8 @@ class _Run:
             writer.close()
         if self.left_out is not None:
             self.left_out.close()
+        with suppress(OSError):  # a file that vanished may come back as it was
+            self.kept = 0 if self._changed() else self.kept
         if self.kept:
             self.journal.close()
         else:
@@ -169,6 +179,12 @@ class _Run:
         taken = [path for name in names if (path := path_of(self.output, name)).exists()]
         if taken and not self.overwrite:
             raise InputError(f"{taken[0]}: exists already; choose another --output, or replace it with --overwrite")
+
+    def _changed(self) -> Source | None:
+        """The first file of the input that is no longer what it was when the run began."""
+        now = stamps(self.job.sources)
+        known = zip(self.job.sources, self.stamps, now, strict=True)
+        return next((source for source, *found in known if found[0] != found[1] or found[1][0] != source.size), None)
 
     def _beside(self, suffix: str) -> Path:
         return path_of(self.output, f"{self.job.beside}{suffix}")
@@ -289,9 +305,7 @@ class _Run:
             file.flush()
             os.fsync(file.fileno())
         finals = [self._beside(".meta.json").name, *sorted(files, key=lambda name: name.endswith(".idx"))]
-        moves = [(f"{final}.tmp", final) for final in finals]
-        self.journal.add({"moves": moves, "outcome": self.outcome.told()}, [])
-        return moves
+        return [(f"{final}.tmp", final) for final in finals]
 
     def _publish(self, moves: Sequence[Sequence[str]]) -> None:
         """Give the files their names and remove all that was under way."""
@@ -319,9 +333,12 @@ def _files_of(folder: Path) -> list[tuple[str, int, int]]:
     return [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in found]
 
 
-def _identity(job: Job, plan: Plan) -> dict[str, Any]:
+def _identity(job: Job, plan: Plan, stamped: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """What two runs must have in common for one to go on with what the other has done."""
-    sources = [(str(s.path.absolute()), s.kind, s.size, s.path.stat().st_mtime_ns, s.part) for s in job.sources]
+    sources = [
+        (str(s.path.absolute()), s.kind, size, written, s.part)
+        for s, (size, written) in zip(job.sources, stamped, strict=True)
+    ]
     return {
         "version": __version__,
         "job": type(job).__name__,

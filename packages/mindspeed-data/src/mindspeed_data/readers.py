@@ -28,7 +28,7 @@ import orjson
 
 from mindspeed_core.errors import InputError
 from mindspeed_data.json_array import BOM, ArrayError, elements, reason_of
-from mindspeed_data.sources import Source, opened
+from mindspeed_data.sources import Source, changed, opened
 
 CHUNK = 4 << 20  # bytes of uncompressed input per chunk
 ROW_LIMIT = 64 << 20  # bytes; what is longer is no row but another kind of file
@@ -130,7 +130,10 @@ def _bytes(source: Source, piece: Piece) -> bytes:
         return piece.data
     with open(source.path, "rb") as file:
         file.seek(piece.start)
-        return file.read(piece.stop - piece.start)
+        data = file.read(piece.stop - piece.start)
+    if len(data) < piece.stop - piece.start:
+        raise changed(source)
+    return data
 
 
 # ------------------------------------------------------------------------------------------- from the bytes of a piece

@@ -49,6 +49,16 @@ def find(inputs: Sequence[str | Path], *, per_line: bool = False) -> list[Source
     return sources
 
 
+def stamps(sources: Sequence[Source]) -> list[tuple[int, int]]:
+    """Return what tells of every file that it has changed: its size and when it was written."""
+    return [((stat := source.path.stat()).st_size, stat.st_mtime_ns) for source in sources]
+
+
+def changed(source: Source) -> InputError:
+    """Return what to say of a file that was written to while it was read."""
+    return InputError(f"{source.path}: changed while it was read; run again when nothing writes to it any more")
+
+
 @contextmanager
 def opened(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The bytes of a file, uncompressed, and the file itself, whose position tells how much of it is read."""
