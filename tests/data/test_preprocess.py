@@ -65,6 +65,20 @@ def test_text_becomes_one_sequence_per_document(tokenizer: Path, tmp_path: Path)
         assert told == {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
 
 
+def test_a_data_set_among_the_input_is_not_read(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "the fox"}\n{\n')
+    (tmp_path / "my.meta.json").write_text('{"text": "not of a data set"}')
+    for inputs in ([tmp_path], [tmp_path / "*.json*"]):
+        command = ["pretrain", *inputs, "--tokenizer", tokenizer, "--output", tmp_path / "out", "--overwrite"]
+        for _ in range(2):
+            assert data(*command).returncode == 0
+            known = sidecar.read(tmp_path / "out")
+            assert known is not None
+            assert [Path(file["path"]).name for file in known.inputs] == ["a.jsonl", "my.meta.json"]
+    run = data("pretrain", tmp_path / "out_*.json", *command[2:])
+    assert "no file matches this pattern" in run.stderr
+
+
 def test_every_bad_row_of_text_is_counted_and_named_with_its_line(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

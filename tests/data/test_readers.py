@@ -227,6 +227,23 @@ def test_a_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
     assert read([tmp_path]) == [{"text": "a.txt"}, {"text": "1"}, {"text": "b/2.txt"}]
 
 
+def test_links_to_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "in/b").mkdir(parents=True)
+    (tmp_path / "far").mkdir()
+    for name in ("in/c.txt", "in/b/1.txt", "far/2.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in/a").symlink_to(tmp_path / "in/b")  # what has a name of its own there is read once, by that
+    (tmp_path / "in/b/round").symlink_to(tmp_path / "in")
+    (tmp_path / "in/far").symlink_to(tmp_path / "far")
+    (tmp_path / "far/back").symlink_to(tmp_path / "in")
+    (tmp_path / "in/broken").symlink_to(tmp_path / "none")
+    assert [source.path for source in find([tmp_path / "in"])] == [
+        tmp_path / name for name in ("in/b/1.txt", "in/c.txt", "in/far/2.txt")
+    ]
+    assert sorted(record["text"] for record in read([tmp_path / "in/**/*.txt"])) == ["far/2.txt", "in/b/1.txt", "in/c.txt"]
+    assert [record["text"] for record in read([tmp_path / "i?/**/b/*.txt"])] == ["in/b/1.txt"]
+
+
 def test_lines_of_json_in_a_json_file_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"text": "1"}\n{"text": "2"}\n')
     assert read([tmp_path / "x.json"]) == [{"text": "1"}, {"text": "2"}]
