@@ -18,6 +18,7 @@ import pytest
 from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data import formats, preprocess, readers
+from mindspeed_data.arrange import Mix
 from mindspeed_data.journal import GrowingFile, Journal
 from mindspeed_data.plan import Plan
 from mindspeed_data.sources import find
@@ -43,17 +44,24 @@ CHUNKS = 60  # and more than there are
 
 
 def start(
-    folder: Path, output: Path, workers: int, *, seq_length: int | None = None, strict: bool = False
+    folder: Path,
+    output: Path,
+    workers: int,
+    *,
+    seq_length: int | None = None,
+    mix: Mix = "concat",
+    strict: bool = False,
 ) -> preprocess.Outcome:
-    """Write a data set of the rows in the folder: of text, or packed."""
+    """Write a data set of the rows in the folder: of text, perhaps with its files mixed, or packed."""
+    inputs = [folder / "rows"] if mix == "concat" else sorted((folder / "rows").iterdir())
     common: dict[str, Any] = {
-        "sources": find([folder / "rows"]),
+        "sources": find(inputs),
         "tokenizer": Tokenizer.load(folder / "tokenizer"),
         "fast": False,
     }
     if seq_length is None:
         job: Any = TextJob(**common, format=formats.TEXT, keys=formats.TEXT.keys, eod=0)
-        return preprocess.run(job, output, workers=workers, strict=strict)
+        return preprocess.run(job, output, workers=workers, strict=strict, plan=Plan(mix=mix))
     from mindspeed_core.templates import TEMPLATES
     from mindspeed_data.conversations import CONVERSATIONS
     from mindspeed_data.tokenize import InstructionJob
@@ -336,30 +344,33 @@ def test_what_a_loss_of_power_took_is_done_again(tmp_path: Path) -> None:
 MEASURED = """
 import sys
 from pathlib import Path
-from mindspeed_data import readers
+from mindspeed_data import arrange, readers
 from tests.data import test_resume
 readers.CHUNK = 1 << 20
-test_resume.start(Path(sys.argv[1]), Path(sys.argv[2]), 1)
+arrange.BLOCK = 1 << 16
+test_resume.start(Path(sys.argv[1]), Path(sys.argv[2]), 1, **test_resume.MEASURED_RUNS[sys.argv[3]])
 print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])  # ru_maxrss would begin with our own
 """
+MEASURED_RUNS: dict[str, dict[str, Any]] = {
+    "jsonl": {},
+    "json": {},
+    "arrow": {},
+    "file.arrow": {},
+    "pack": {"seq_length": 1024},
+    "mix": {"mix": "all_exhausted"},
+}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json"])
+@pytest.mark.parametrize("kind", MEASURED_RUNS)
 def test_memory_does_not_grow_with_the_input(folder: Path, tmp_path: Path, kind: str) -> None:
     peaks = []
     for times in (1, 10):
         place = tmp_path / str(times)
         (place / "rows").mkdir(parents=True)
         (place / "tokenizer").symlink_to(folder / "tokenizer")
-        row = json.dumps({"text": "the quick brown fox " * 40})
-        count = times * 2_500  # 2 MB: more than a chunk
-        with open(place / f"rows/x.{kind}", "w") as file:
-            if kind == "jsonl":
-                file.writelines(f"{row}\n" for _ in range(count))
-            else:
-                file.write("[" + ",\n".join([row] * count) + "]")
+        _measured_rows(place / "rows", kind, times * 2_500)  # 2 MB: more than a chunk
         run = subprocess.run(
-            [sys.executable, "-c", MEASURED, place, place / "x"],
+            [sys.executable, "-c", MEASURED, place, place / "x", kind],
             capture_output=True,
             text=True,
             cwd=Path(__file__).parents[2],
@@ -367,3 +378,20 @@ def test_memory_does_not_grow_with_the_input(folder: Path, tmp_path: Path, kind:
         assert run.returncode == 0, run.stderr
         peaks.append(int(run.stdout))
     assert peaks[1] < 1.1 * peaks[0]
+
+
+def _measured_rows(folder: Path, kind: str, count: int) -> None:
+    record = {"text": "the quick brown fox " * 40, "answer": "jumps"}
+    row = json.dumps(record)
+    if kind == "json":
+        (folder / "x.json").write_text("[" + ",\n".join([row] * count) + "]")
+    elif kind.endswith("arrow"):
+        import pyarrow
+
+        batch = pyarrow.RecordBatch.from_pylist([record] * count)  # all of them in one
+        make = pyarrow.ipc.new_file if kind == "file.arrow" else pyarrow.ipc.new_stream
+        with make(str(folder / "x.arrow"), batch.schema) as writer:
+            writer.write_batch(batch)
+    else:
+        for name in "ab":
+            (folder / f"{name}.jsonl").write_text(f"{row}\n" * (count // 2))

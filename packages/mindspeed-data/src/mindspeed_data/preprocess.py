@@ -272,7 +272,8 @@ class _Run:
             writer.close()
             staged[name] = arrange.Staged(writer.prefix, writer.dtype)
         first = staged[next(iter(self.job.outputs))]
-        order = self.plan.order(first.lengths, self.job.sources, staged[ORIGIN].ids[::2])
+        source_of = np.concatenate([np.empty(0, np.int32), *(block[::2] for block in staged[ORIGIN].blocks())])
+        order = self.plan.order(first.lengths, self.job.sources, source_of)
         filling = self.plan.filling(self.job.tokenizer.padding)
         self.arranged = {
             name: IndexedWriter(path_of(self.output, suffix), dtype) for name, suffix, dtype in self._files()
@@ -282,11 +283,12 @@ class _Run:
                 bar.advance(count)
         lengths = first.lengths[order.samples]
         self.outcome.kept, self.outcome.sequences = len(lengths), len(order)
-        self.outcome.tokens, self.outcome.longest = int(lengths.sum()), int(lengths.max(initial=0))
+        self.outcome.tokens, self.outcome.longest = int(lengths.sum(dtype=np.int64)), int(lengths.max(initial=0))
         self.outcome.learned = sum(
-            _learned(arrange.Staged(writer.prefix, writer.dtype).ids)
+            _learned(block)
             for name, writer in self.arranged.items()
             if name.endswith("labels")
+            for block in arrange.Staged(writer.prefix, writer.dtype).blocks()
         )
         return list(self.arranged.values())
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import mmap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -302,9 +303,7 @@ def _cut(index: int, source: Source, columns: Collection[str] | None) -> Iterato
 
     Of a compressed file all begin at 0: how far reading is ahead of them differs from version to version."""
     if source.kind in TABLES:
-        for piece, size, rows in _tables(index, source, columns):
-            at, end = (source.size * row // max(rows, 1) for row in (piece.start, piece.stop))
-            yield piece, size, end - at, at
+        yield from _tables(index, source, columns)
     elif source.compression is None and source.kind in ("text", "lines", "jsonl"):
         cuts = _whole if source.kind == "text" else _ranges
         for piece in cuts(index, source):
@@ -458,24 +457,30 @@ class _Kept:
         return data
 
 
-def _tables(index: int, source: Source, columns: Collection[str] | None) -> Iterator[tuple[Piece, int, int]]:
-    """Rows of a table of about CHUNK bytes, as Arrow writes them; with each its bytes and the rows of the table."""
+def _tables(index: int, source: Source, columns: Collection[str] | None) -> Iterator[tuple[Piece, int, int, int]]:
+    """Rows of a table of about CHUNK bytes, as Arrow writes them; with each piece what `_cut` says of it."""
     import pyarrow
 
     try:
-        total, batches = (_parquet if source.kind == "parquet" else _arrow)(source, columns)
-        row = 0
-        for batch in batches:
+        row = begin = 0
+        batches, release = (_parquet if source.kind == "parquet" else _arrow)(source, columns)
+        for batch, end in batches:
             _validate(batch)
-            height = max(1, batch.num_rows * CHUNK // max(batch.nbytes, 1))
-            for start in range(0, batch.num_rows, height):
-                part = batch.slice(start, height)
-                sink = pyarrow.BufferOutputStream()
-                with pyarrow.ipc.new_stream(sink, part.schema) as writer:
-                    writer.write_batch(part)
-                data = sink.getvalue().to_pybytes()
-                yield Piece(index, row, row + part.num_rows, row, data), len(data), total
-                row += part.num_rows
+            first = row
+            for part in _parts(batch):
+                _validate(part, full=True)
+                fault, data = _too_long(part.nbytes), b""
+                if fault is None:
+                    sink = pyarrow.BufferOutputStream()
+                    with pyarrow.ipc.new_stream(sink, part.schema) as writer:
+                        writer.write_batch(part)
+                    data = sink.getvalue().to_pybytes()
+                stop = row + part.num_rows
+                at, to = (begin + (end - begin) * (r - first) // batch.num_rows for r in (row, stop))
+                yield Piece(index, row, stop, row, None if fault else data, fault=fault), len(data), to - at, at
+                row = stop
+                release()
+            begin = end
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a damaged name
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -483,43 +488,72 @@ def _tables(index: int, source: Source, columns: Collection[str] | None) -> Iter
         raise InputError(f"{source.path}: not a readable {source.kind} file: {reason}") from error
 
 
-def _validate(batch: Any) -> None:
-    """Refuse a table whose buffers contradict each other: Arrow itself would read past their ends."""
+def _parts(batch: Any) -> Iterator[Any]:
+    """Rows of about CHUNK bytes; a row that is too long alone."""
+    height = max(1, batch.num_rows * CHUNK // max(batch.nbytes, 1))
+    left = [batch.slice(start, height) for start in reversed(range(0, batch.num_rows, height))]
+    while left:
+        part = left.pop()
+        half = part.num_rows // 2
+        if half and part.nbytes > ROW_LIMIT:
+            left += [part.slice(half), part.slice(0, half)]
+        else:
+            yield part
+
+
+def _validate(batch: Any, *, full: bool = False) -> None:
+    """Refuse a table whose buffers contradict each other: Arrow itself would read past their ends. `full` looks at every value."""
     import pyarrow
 
     for column in batch.columns:
         try:
-            column.validate(full=True)
+            column.validate(full=full)
         except pyarrow.ArrowInvalid as error:
             text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
             if not (text and "UTF8" in str(error)):  # that one is told of the row
                 raise
 
 
-def _parquet(source: Source, columns: Collection[str] | None) -> tuple[int, Iterator[Any]]:
-    """How many rows there are, and batches of them."""
+Batches = Iterator[tuple[Any, int]]  # of rows, and how much of the file they and those before them make up
+
+
+def _parquet(source: Source, columns: Collection[str] | None) -> tuple[Batches, Callable[[], object]]:
+    """The batches of a file, and what lets go of the memory of those that were used."""
     from pyarrow import parquet
 
     # Without these two a whole row group would be held.
     file = parquet.ParquetFile(source.path, pre_buffer=False, buffer_size=BLOCK)
-    return file.metadata.num_rows, file.iter_batches(1000, columns=_wanted(file.schema_arrow.names, columns))
+    total, wanted = file.metadata.num_rows, _wanted(file.schema_arrow.names, columns)
+
+    def batches() -> Batches:
+        rows = 0
+        for batch in file.iter_batches(1000, columns=wanted):
+            rows += batch.num_rows
+            yield batch, source.size * rows // total
+
+    return batches(), lambda: None
 
 
-def _arrow(source: Source, columns: Collection[str] | None) -> tuple[int, Iterator[Any]]:
+def _arrow(source: Source, columns: Collection[str] | None) -> tuple[Batches, Callable[[], object]]:
     """The same of either of Arrow's formats: the one that ends with an index, and the stream that `datasets` writes."""
     import pyarrow
 
-    file = pyarrow.memory_map(str(source.path))
-    if file.read(6) == b"ARROW1":
-        reader = pyarrow.ipc.open_file(file)
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]  # maps: nothing is read yet
+    with open(source.path, "rb") as file:
+        if not file.read(1):
+            raise changed(source)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    stream = pyarrow.BufferReader(pyarrow.py_buffer(mapped))
+    if mapped[:6] == b"ARROW1":
+        reader = pyarrow.ipc.open_file(stream)
+        count = reader.num_record_batches
+        batches = ((reader.get_batch(i), source.size * (i + 1) // count) for i in range(count))
     else:
-        file.seek(0)
-        reader = pyarrow.ipc.open_stream(file)
-        batches = list(reader)
+        reader = pyarrow.ipc.open_stream(stream)
+        batches = ((batch, stream.tell()) for batch in reader)
     wanted = _wanted(reader.schema.names, columns)
-    chosen = (batch if wanted is None else batch.select(wanted) for batch in batches)
-    return sum(batch.num_rows for batch in batches), chosen
+    chosen = ((batch if wanted is None else batch.select(wanted), end) for batch, end in batches)
+    # A batch may be as large as the file, so it stays a map; but pages that were looked at count as memory until told otherwise.
+    return chosen, lambda: mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _wanted(names: Sequence[str], columns: Collection[str] | None) -> list[str] | None:
