@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from tests.tiny import tiny_tokenizer
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from mindspeed_data import journal, readers
+from mindspeed_data import journal, readers, tokenize
 from tests.data import test_resume
 readers.CHUNK = test_resume.CHUNK
 add = journal.Journal.add
@@ -37,6 +39,12 @@ def slow(*arguments):
     add(*arguments)
     time.sleep(float(sys.argv[4]))
 journal.Journal.add = slow
+for job in (tokenize.TextJob, tokenize.InstructionJob):
+    def noted(job, chunk, tokenizer, encode=job._encode):
+        with open(sys.argv[6], "ab", buffering=0) as file:
+            file.write(b"%d %d\\n" % (chunk.pieces[0].source, chunk.pieces[0].start))
+        return encode(job, chunk, tokenizer)
+    job._encode = noted
 test_resume.start(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), seq_length=32 if sys.argv[5] else None)
 """
 CHUNK = 4000
@@ -115,14 +123,18 @@ def straight(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[boo
 
 
 def kill_and_go_on(folder: Path, output: Path, seed: int, *, packed: bool) -> int:
-    """Kill runs at random places until one ends by itself; return how many were killed."""
+    """Kill runs at random places until one ends by itself; return how many were killed. None loses more than a chunk per worker."""
     draw = random.Random(seed)
+    noted = output.parent.with_suffix(".encoded")  # every chunk that a run begins to encode
+    seen, begun = 0, {}  # chunk -> the run that was the last to begin it
+    crews: list[int] = []  # the workers of each run
+    lost: Counter[int] = Counter()  # chunks of a run that a later one began again
     journal = output.parent / ("x_packed.journal.tmp" if packed else "x_text_document.journal.tmp")
     done = -1
     for kills in count():
         workers = draw.choice([1, 2])
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, folder, output, str(workers), "0.02", "packed" if packed else ""],
+            [sys.executable, "-c", PROGRAM, folder, output, str(workers), "0.02", "packed" if packed else "", noted],
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[2],
@@ -135,6 +147,13 @@ def kill_and_go_on(folder: Path, output: Path, seed: int, *, packed: bool) -> in
         time.sleep(draw.random() * 0.03)
         process.kill()
         _, said = process.communicate()
+        chunks = noted.read_bytes().splitlines() if noted.exists() else []
+        for chunk in chunks[seen:]:
+            lost.update([begun[chunk]] if chunk in begun else [])
+            begun[chunk] = kills
+        seen = len(chunks)
+        crews.append(workers)
+        assert all(count <= crews[run] for run, count in lost.items()), (lost, crews)
         if process.returncode == 0:
             return kills
         assert process.returncode == -signal.SIGKILL, said
@@ -271,7 +290,8 @@ def test_another_job_begins_anew(
     (tmp_path / "new").mkdir()
     rows = folder / "rows/a.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, folder, tmp_path / "new/x", "1", "0.05", ""], cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", PROGRAM, folder, tmp_path / "new/x", "1", "0.05", "", tmp_path / "encoded"],
+        cwd=Path(__file__).parents[2],
     )
     while _last(tmp_path / "new/x_text_document.journal.tmp") < 2:
         time.sleep(0.01)
@@ -304,6 +324,50 @@ def test_strict_holds_for_what_an_earlier_run_left_out(
     start(folder, tmp_path / "x", 1)  # without it nothing of what was done is lost
 
 
+def test_a_run_killed_before_its_first_line_loses_a_chunk_per_worker(
+    folder: Path, straight: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK", CHUNK)
+
+    class Killed(BaseException):
+        pass
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Journal, "add", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(preprocess._Run, "end", lambda run: run.journal.close() or 0)
+        start(folder, tmp_path / "new/x", 2)
+    made = {int(path.stem) for path in (tmp_path / "new").rglob("*.npz")}
+    assert 0 in made
+    counting = Counting(monkeypatch)
+    start(folder, tmp_path / "new/x", 1)
+    assert written(tmp_path / "new/x") == straight[False]
+    every = list(readers.chunks(find([folder / "rows"]), columns=["text"]))
+    assert len(counting.chunks) == len(every) - len(made)
+
+
+def test_a_command_that_cannot_work_leaves_what_another_began(
+    folder: Path, straight: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK", CHUNK)
+    counting = Counting(monkeypatch)
+    add = Journal.add
+
+    def dies(journal: Journal, line: dict[str, Any], files: Any) -> None:
+        add(journal, line, files)
+        if line.get("chunk") == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "add", dies)
+        start(folder, tmp_path / "new/x", 1)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="no key 'body'"):
+        patch.setattr(formats, "TEXT", dataclasses.replace(formats.TEXT, keys={"text": "body"}))
+        start(folder, tmp_path / "new/x", 1)
+    start(folder, tmp_path / "new/x", 1)
+    assert written(tmp_path / "new/x") == straight[False]
+    assert len(counting.chunks) == len(set(counting.chunks))
+
+
 def test_two_runs_do_not_write_the_same_data_set(folder: Path, tmp_path: Path) -> None:
     held = Journal(tmp_path / "x_text_document.journal.tmp", {})
     with pytest.raises(InputError, match="another run is writing this data set"):
@@ -318,6 +382,7 @@ def test_what_a_loss_of_power_took_is_done_again(tmp_path: Path) -> None:
         return Journal(path, {"job": 1})
 
     journal, file = opened(), GrowingFile(tmp_path / "ids")
+    assert journal.resume() is None
     for number in range(5):
         file.write(bytes([number]) * 10)
         journal.add({"chunk": number}, [file])

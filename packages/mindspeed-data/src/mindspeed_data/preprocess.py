@@ -127,8 +127,13 @@ class _Run:
 
     def finish(self, workers: int | None) -> Outcome:
         """Do what is left of it."""
-        if self.journal.other:
-            console.print(f"{self.journal.path}: what another command left unfinished is replaced")
+        fast = None
+        if not self.journal.known:
+            self._check_taken()
+            fast = _look(self.job)  # what another command left is lost only where this one can do its work
+            if self.journal.other:
+                console.print(f"{self.journal.path}: what another command left unfinished is replaced")
+            parts.clear(self.parts)
         line = self.journal.resume()
         if line is not None:
             self.kept = line["outcome"]["kept"]
@@ -139,7 +144,7 @@ class _Run:
             return Outcome.of(line)
         self._check_taken()
         if line is None:
-            self.job = dataclasses.replace(self.job, fast=_look(self.job))
+            self.job = dataclasses.replace(self.job, fast=_look(self.job) if fast is None else fast)
         else:
             self.job = dataclasses.replace(self.job, fast=line["fast"])
             console.print(f"going on behind the {line['outcome']['kept']:,} samples of an earlier run")
@@ -148,6 +153,7 @@ class _Run:
         except EncoderError:
             console.print("the fast encoder disagrees on a text of this run: once more without it")
             self.job = dataclasses.replace(self.job, fast=False)
+            parts.clear(self.parts)
             self.journal.clear()
             self._encode(None, workers)
         writers = self._arrange() if self.plan.arranges else list(self.writers.values())
@@ -168,7 +174,7 @@ class _Run:
             self.left_out.close()
         with suppress(OSError):  # a file that vanished may come back as it was
             self.kept = 0 if self._changed() else self.kept
-        if self.kept:
+        if self.kept or self.journal.other:
             self.journal.close()
         else:
             self._clear()
@@ -248,8 +254,6 @@ class _Run:
         first, after = (0, (0, 0)) if line is None else (line["chunk"] + 1, tuple(line["after"]))
         columns = self.job.keys.values()
         chunks = readers.chunks(self.job.sources, columns=columns, after=after, shard=self.plan.shard)
-        if line is None:
-            parts.clear(self.parts)
         if workers == 1:
             work = self.job.start()
             for number, chunk in enumerate(chunks, first):
