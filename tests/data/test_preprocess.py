@@ -257,6 +257,12 @@ def test_wrong_options_are_said(tokenizer: Path, tmp_path: Path) -> None:
         ([*ok, *output, "--bos"], "has no BOS token"),
         ([*ok, *output, "--map-keys", "{"], "--map-keys: not valid JSON"),
         ([*ok, *output, "--map-keys", '{"txt": "a"}'], "--map-keys: format text has no txt; it has text"),
+        ([*ok, *output, "--json-key", "a", "--map-keys", '{"text": "b"}'], "--json-key a: beside --map-keys"),
+        ([*ok, *output, "--per-line"], "--per-line: is of txt alone, and none of the inputs is one"),
+        (
+            ["sft", source, "--tokenizer", tokenizer, "--template", "chatml", "--longer", "cut", *output],
+            "--longer cut: longer than what is missing; add --seq-length",
+        ),
         ([*ok, *output, "--dtype", "int8"], "int8"),
         (["sft", source, "--tokenizer", tokenizer, *output], "brings no chat template; choose one of"),
         (["sft", source, "--tokenizer", tokenizer, "--template", "x", *output], "no template is called x"),

@@ -20,6 +20,7 @@ from mindspeed_data.indexed import IndexedWriter, path_of
 
 BLOCK = 1 << 20  # ids that are gathered at once
 DRAWN = 1000  # sources that are drawn at once
+DRAWS = 100  # times the rows there are: what a mix may draw until every input has been seen
 
 Mix = Literal["concat", "first_exhausted", "all_exhausted"]
 Ints = NDArray[np.int64]
@@ -113,6 +114,14 @@ def interleave(counts: Sequence[int], weights: Sequence[float] | None, stop: Mix
                 at[part], seen[part] = 0, True
         found.append(np.array(block, np.int64))
     raise AssertionError("the draws never end")
+
+
+def draws(counts: Sequence[int], weights: Sequence[float]) -> tuple[float, int]:
+    """Return about how many rows are drawn by weight until every part has been seen whole, and the part that is the last."""
+    shares = np.asarray(weights, np.float64)
+    with np.errstate(divide="ignore"):
+        each = np.asarray(counts) / (shares / shares.sum())
+    return float(each.max()), int(each.argmax())
 
 
 def pack(lengths: NDArray[np.integer[Any]], samples: Ints, capacity: int, window: int | None) -> Order:

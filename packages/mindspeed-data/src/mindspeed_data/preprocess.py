@@ -277,7 +277,11 @@ class _Run:
             staged[name] = arrange.Staged(writer.prefix, writer.dtype)
         first = staged[next(iter(self.job.outputs))]
         source_of = np.concatenate([np.empty(0, np.int32), *(block[::2] for block in staged[ORIGIN].blocks())])
-        order = self.plan.order(first.lengths, self.job.sources, source_of)
+        try:
+            order = self.plan.order(first.lengths, self.job.sources, source_of)
+        except InputError:
+            self.kept = 0  # a command that could succeed goes on with nothing of this one
+            raise
         filling = self.plan.filling(self.job.tokenizer.padding)
         self.arranged = {
             name: IndexedWriter(path_of(self.output, suffix), dtype) for name, suffix, dtype in self._files()
