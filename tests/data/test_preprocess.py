@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -545,6 +546,61 @@ def test_input_that_changes_under_a_run_is_said(
         f"error: {source}: changed while it was read; run again when nothing writes to it any more",
     )
     assert leftovers(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize("gone", ["in.jsonl", "new"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_vanishes_under_a_run_is_one_line(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str, workers: int
+) -> None:
+    from mindspeed_data import preprocess
+
+    monkeypatch.setattr(readers, "CHUNK", 20_000)
+    source = lines(tmp_path / "in.jsonl", 2000)
+    tell = preprocess._Places.tell
+
+    def told(*arguments: Any) -> Any:
+        path = tmp_path / gone
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        return tell(*arguments)
+
+    monkeypatch.setattr(preprocess._Places, "tell", told)
+    command = ["pretrain", source, "--tokenizer", tokenizer, "--workers", workers]
+    run = data(*command, "--output", tmp_path / "new/x")
+    assert (run.returncode, "Traceback" in run.stderr) == (2, False), run.stderr
+    said = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"error: {tmp_path / gone}")
+    assert all(name.endswith((".tmp", ".npz")) for name in leftovers(tmp_path / "new"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_place_that_takes_no_files_is_one_line(tokenizer: Path, tmp_path: Path) -> None:
+    source = lines(tmp_path / "in.jsonl", 3000)
+    run = data("pretrain", source, "--tokenizer", tokenizer, "--output", "/proc/x")
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("error: /proc/x_text_document.journal.tmp: no such file or directory; it")
+    command = f"{sys.executable} -m mindspeed_data pretrain {source} --tokenizer {tokenizer} --output {tmp_path}/new/x"
+    limited = subprocess.run(["bash", "-c", f"ulimit -f 8; exec {command}"], capture_output=True, text=True)
+    assert limited.returncode == 2, limited.stderr
+    assert limited.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/new/x_text_document.")
+    assert "bin.tmp: file too large; raise the limit of the size of files (ulimit -f)" in limited.stderr
+    assert leftovers(tmp_path / "new") == []
+
+
+def test_names_that_are_not_utf8_are_refused_at_once(tokenizer: Path, tmp_path: Path) -> None:
+    bad = Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"\xff.jsonl"))
+    try:
+        shutil.copy(lines(tmp_path / "in.jsonl", 3), bad)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    said = f"error: {tmp_path}/in\\xff.jsonl: this name is not UTF-8; rename it, or choose another\n"
+    for inputs, output in (([bad], "x"), ([tmp_path], "x"), ([tmp_path / "in.jsonl"], bad.name)):
+        run = data("pretrain", *inputs, "--tokenizer", tokenizer, "--output", tmp_path / "new" / output)
+        assert (run.returncode, run.stderr.replace("/new/", "/")) == (2, said)
+        assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["bin", "lengths", "idx"])

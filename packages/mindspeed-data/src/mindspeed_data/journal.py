@@ -78,7 +78,7 @@ class Journal:
         if _locked(self._file):
             self._file.close()
             raise InputError(f"{path}: another run is writing this data set; wait for it, or end it")
-        self._head = json.dumps(job, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        self._head = json.dumps(job, sort_keys=True).encode() + b"\n"
         self._file.seek(0)
         found = self._file.read(len(self._head))
         self.known = found == self._head  # what it holds is of this job
@@ -93,7 +93,7 @@ class Journal:
     def add(self, line: Mapping[str, Any], files: Sequence[GrowingFile]) -> None:
         """Note a chunk that is written to the files."""
         marks = {file.path.name: file.mark for file in files}
-        self._write(json.dumps({**line, "files": marks}, ensure_ascii=False).encode() + b"\n")
+        self._write(json.dumps({**line, "files": marks}).encode() + b"\n")
 
     def resume(self) -> Line | None:
         """Return the last line whose files hold, and forget those behind it; None where none does, or another job wrote it."""

@@ -35,7 +35,7 @@ from mindspeed_data.pool import Pool
 from mindspeed_data.readers import Chunk, Fault, Row, Rows
 from mindspeed_data.sentences import SentenceJob
 from mindspeed_data.sidecar import LEFT_OUT, ORIGIN, Sidecar
-from mindspeed_data.sources import Source, changed, stamps
+from mindspeed_data.sources import Source, changed, check_name, stamps
 from mindspeed_data.tokenize import Encoded, EncoderError, Job, TextJob, encoders_agree
 
 NAMED = 10  # rows left out that are named one by one on the terminal
@@ -84,6 +84,8 @@ def run(
 ) -> Outcome:
     """Write the data set of a job; nothing carries its name before it is whole. `strict`: the first bad row ends it."""
     plan = plan or Plan()
+    for path in (output, job.tokenizer.folder):
+        check_name(path)
     _make_room(output)
     started = time.monotonic()
     current = _Run(job, output, plan, overwrite=overwrite, strict=strict)
@@ -265,7 +267,8 @@ class _Run:
             for _ in pool.map(_noted(enumerate(chunks, first), sent)):
                 number, chunk = sent.popleft()
                 encoded = parts.read(self.parts, number)
-                assert encoded is not None, "a worker has just written it"
+                if encoded is None:  # a worker has just written it
+                    raise InputError(f"{self.parts}: what a worker has left there is gone or damaged; run again")
                 yield number, chunk, encoded
 
     # ----------------------------------------------------------------------------------------------- second pass
@@ -310,7 +313,7 @@ class _Run:
         if self.left_out.size:
             files[self._beside(LEFT_OUT).name] = self.left_out.mark
         temporary = self._beside(".meta.json.tmp")
-        with writing(temporary), open(temporary, "w") as file:
+        with writing(temporary), open(temporary, "w", encoding="utf-8", errors="replace") as file:
             file.write(_sidecar(self.job, self.plan, self.outcome, files).text())
             file.flush()
             os.fsync(file.fileno())

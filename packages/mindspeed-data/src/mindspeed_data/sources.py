@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import json
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ def find(inputs: Sequence[str | Path], *, per_line: bool = False) -> list[Source
     for part, given in enumerate(map(Path, inputs)):
         try:
             for path in _files(given):
+                check_name(path)
                 kind, compression = _kind(path, per_line=per_line)
                 sources.append(Source(path, kind, path.stat().st_size, part, compression))
         except InputError as error:
@@ -49,6 +51,15 @@ def find(inputs: Sequence[str | Path], *, per_line: bool = False) -> list[Source
     if all(source.size == 0 for source in sources):
         raise InputError("\n".join(f"{source.path}: this file is empty" for source in sources[:10]))
     return sources
+
+
+def check_name(path: Path) -> None:
+    """Refuse a name that the description of the data could not tell."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        told = os.fsencode(path).decode(errors="backslashreplace")
+        raise InputError(f"{told}: this name is not UTF-8; rename it, or choose another") from error
 
 
 def stamps(sources: Sequence[Source]) -> list[tuple[int, int]]:
