@@ -173,19 +173,43 @@ def test_damaged_compression_is_said(tmp_path: Path, suffix: str) -> None:
             read([path])
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.json.gz", "x.csv", "x.csv.zst", "x.parquet", "x.arrow", "file.arrow"]
+)
 def test_a_line_of_absurd_length_is_left_out_alone(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mindspeed_data.readers.CHUNK", 200)
     monkeypatch.setattr("mindspeed_data.readers.ROW_LIMIT", 1 << 20)
     monkeypatch.setattr("mindspeed_data.readers.BLOCK", 1000)
-    rows = [{"text": "a"}, {"text": "b" * (3 << 20)}, {"text": "c"}, {"text": "d"}]
+    monkeypatch.setattr("mindspeed_data.json_array.BLOCK", 1000)
+    monkeypatch.setattr(readers, "_newlines", lambda data: data.count(b"\n"))
+    rows = [{"text": "a"}, {"text": 'b"},\\\n' * (1 << 19)}, {"text": "c"}, {"text": "d"}]
     for order in (rows, rows[1:] + rows[:1], [rows[0], rows[2], rows[3], rows[1]]):
         path = write(tmp_path / name, order)
         assert read([path]) == [row if len(row["text"]) == 1 else "longer than 1 MiB" for row in order]
         sources = find([path])
-        assert [line for line, _ in placed(list(readers.chunks(sources)), sources)] == [
-            i for i, row in enumerate(order, 1) if len(row["text"]) == 1
-        ]
+        lines = [line for line, _ in placed(list(readers.chunks(sources)), sources)]
+        if "csv" in name:  # behind the header, and the long one has many lines
+            at = order.index(rows[1]) + 1
+            assert lines == [i + 1 + (i > at) * (1 << 19) for i in range(1, 5) if i != at]
+        else:
+            expected = [i for i, row in enumerate(order, 1) if len(row["text"]) == 1]
+            assert lines == ([3 * i - 1 for i in expected] if "json" in name and "jsonl" not in name else expected)
+
+
+def test_what_is_longer_than_a_row_is_counted_from_its_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mindspeed_data.readers.ROW_LIMIT", 1 << 20)
+    for name, size in (("x.json", 12), ("x.csv", 1), ("x.jsonl", 13)):  # {"text": ""} and newlines
+        for more, kept in ((0, True), (1, False)):
+            content = "a" * ((1 << 20) - size + more)
+            if name == "x.csv":
+                (tmp_path / name).write_text(f"text\n{content}\nb\n")
+            elif name == "x.json":
+                (tmp_path / name).write_text(f'[{{"text": "{content}"}}, {{"text": "b"}}]')
+            else:
+                (tmp_path / name).write_text(f'{{"text": "{content}"}}\n{{"text": "b"}}\n')
+            monkeypatch.setattr("mindspeed_data.readers.CHUNK", 1000)
+            found = read([tmp_path / name])
+            assert found == [{"text": content} if kept else "longer than 1 MiB", {"text": "b"}], (name, more)
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.txt.zst"])

@@ -19,6 +19,8 @@ import csv
 import io
 import json
 import mmap
+import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -28,7 +30,7 @@ import numpy as np
 import orjson
 
 from mindspeed_core.errors import InputError
-from mindspeed_data.json_array import BOM, ArrayError, elements, reason_of
+from mindspeed_data.json_array import BOM, ArrayError, elements, reason_of, too_long
 from mindspeed_data.sources import Source, changed, opened
 
 CHUNK = 4 << 20  # bytes of uncompressed input per chunk
@@ -198,7 +200,7 @@ def _csv(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
     reader = _csv_reader(lines)
     while True:
         line = reader.line_num + 1
-        lines.fault = None
+        lines.begin_row()
         values = next(reader, None)
         if values is None:
             return
@@ -242,23 +244,40 @@ def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte 0x{data[error.start]:02x})"
 
 
+NO_MARKS = re.compile(rb'[^",\r\n]+')
+
+
 class _CountedLines:
-    """The lines of a csv for its reader: how many bytes they had, and what is wrong with them."""
+    """The lines of a csv for its reader: how many bytes they had, and what is wrong with them.
+
+    Of what is longer than any row only the marks are kept that say where its fields, and with them the row, end."""
 
     def __init__(self, stream: BinaryIO, *, bom: bool) -> None:
         self._stream, self._bom = stream, bom
         self.offset = 0
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        """What comes next is of another row."""
+        self.start = self.offset
         self.fault: str | None = None
 
     def __iter__(self) -> _CountedLines:
         return self
 
     def __next__(self) -> str:
-        line = self._stream.readline(ROW_LIMIT)
+        line = self._stream.readline(ROW_LIMIT + 1)
         if not line:
             raise StopIteration
-        self.offset += len(line)
-        if self._bom and self.offset == len(line):
+        first, self.offset = self.offset == 0, self.offset + len(line)
+        if self.offset - self.start > ROW_LIMIT:
+            marks = [NO_MARKS.sub(b"x", line)]
+            while not line.endswith(b"\n") and (line := self._stream.readline(BLOCK)):
+                self.offset += len(line)
+                marks.append(NO_MARKS.sub(b"x", line))
+            self.fault = too_long(ROW_LIMIT)
+            return b"".join(marks).decode()
+        if self._bom and first:
             line = line.removeprefix(BOM)
         try:
             return line.decode()
@@ -268,7 +287,7 @@ class _CountedLines:
 
 
 def _csv_reader(lines: _CountedLines) -> Any:
-    csv.field_size_limit(ROW_LIMIT)
+    csv.field_size_limit(sys.maxsize)  # what is too long is told by its lines, and left out alone
     return csv.reader(lines, strict=True)
 
 
@@ -357,7 +376,7 @@ def _ranges(index: int, source: Source) -> Iterator[Piece]:
 
 
 def _too_long(size: int, hint: str = "") -> str | None:
-    return f"longer than {ROW_LIMIT >> 20} MiB{hint}" if size > ROW_LIMIT else None
+    return f"{too_long(ROW_LIMIT)}{hint}" if size > ROW_LIMIT else None
 
 
 def _document_stream(index: int, _: Source, stream: BinaryIO) -> Iterator[Piece]:
@@ -391,6 +410,14 @@ def _array_stream(index: int, source: Source, stream: BinaryIO) -> Iterator[Piec
     start = stop = lines = line = 0
     try:
         for element in elements(kept, limit=ROW_LIMIT):  # pyrefly: ignore  # all that it asks for is `read`
+            if element.fault == too_long(ROW_LIMIT):
+                if stop > start:
+                    yield Piece(index, start, stop, line, kept.take(stop - start))
+                yield Piece(index, stop, element.stop, element.line - 1, fault=element.fault)
+                kept.take(element.stop - stop)
+                start = stop = element.stop
+                line = lines = element.lines
+                continue
             stop, lines = element.stop, element.lines
             if stop - start >= CHUNK:
                 yield Piece(index, start, stop, line, kept.take(stop - start))
@@ -407,14 +434,25 @@ def _csv_stream(index: int, source: Source, stream: BinaryIO) -> Iterator[Piece]
     reader = _csv_reader(lines)
     try:
         columns = tuple(next(reader, []))
+        if lines.fault is not None:
+            raise InputError(f"{source.path}:1: {lines.fault}, and it must name the columns; write the file as UTF-8")
         if len(set(columns)) != len(columns) or not any(columns):
             raise InputError(f"{source.path}:1: the first line must name the columns, each once")
         start, line = lines.offset, reader.line_num
         kept.take(start)
+        lines.begin_row()
+        before = line
         for _ in reader:
-            if lines.offset - start >= CHUNK:
-                yield Piece(index, start, lines.offset, line, kept.take(lines.offset - start), columns)
+            stop = lines.start if lines.fault == too_long(ROW_LIMIT) else lines.offset
+            if stop > start and (stop - start >= CHUNK or stop < lines.offset):
+                yield Piece(index, start, stop, line, kept.take(stop - start), columns)
+                start, line = stop, before if stop < lines.offset else reader.line_num
+            if stop < lines.offset:
+                yield Piece(index, stop, lines.offset, line, fault=lines.fault)
+                kept.take(lines.offset - stop)
                 start, line = lines.offset, reader.line_num
+            lines.begin_row()
+            before = reader.line_num
     except csv.Error as error:
         raise InputError(f"{source.path}:{reader.line_num}: not valid CSV: {error}") from error
     if lines.offset > start:
