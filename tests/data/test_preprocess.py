@@ -15,7 +15,7 @@ import pytest
 import xxhash
 
 from mindspeed_core.tokenizer import Tokenizer
-from mindspeed_data import readers, sidecar
+from mindspeed_data import journal, readers, sidecar
 from mindspeed_data.indexed import IndexedDataset
 from mindspeed_data.sources import find
 from tests.data.command import data
@@ -88,7 +88,7 @@ def test_every_bad_row_of_text_is_counted_and_named_with_its_line(
     bad = [
         (b'{"text": "a"', "not valid JSON: expecting ',' delimiter, column 13"),
         (b"[1]", "not a JSON object"),
-        (b'{"text": "\xff"}', "not UTF-8 (byte 0xff)"),
+        (b'{"text": "\xff"}', "not UTF-8: byte 0xff"),
         (b'{"title": "a"}', "no key text"),
         (b'{"text": 3}', "text is a number, not a text"),
         (b'{"text": null}', "empty text"),
@@ -217,7 +217,7 @@ def test_samples_up_to_the_sequence_length_stay(tokenizer: Path, tmp_path: Path)
         ("x.txt", "some text", "sft", "x.txt: a text holds no questions and answers; use mindspeed-data pretrain"),
         ("x.json", json.dumps(ALPACA), "pretrain", "no key 'text'; the row has instruction, input, output; this looks"),
         ("x.txt", "", "pretrain", "x.txt: this file is empty"),
-        ("x.txt", b"caf\xe9", "pretrain", "x.txt:1: not UTF-8 (byte 0xe9)"),
+        ("x.txt", b"caf\xe9", "pretrain", "x.txt:1: not UTF-8: byte 0xe9"),
         ("x.jsonl", '{"text": ""}\n{"text": 3}\n{', "pretrain", "nothing is left of the input"),
         ("x.jsonl", '{"text": "\\ud800"}', "pretrain", "half of a surrogate pair"),
         ("x.json", '[{"instruction": "a", "output": ""}]', "sft", "x.json:1: empty answer"),
@@ -601,6 +601,74 @@ def test_names_that_are_not_utf8_are_refused_at_once(tokenizer: Path, tmp_path: 
         run = data("pretrain", *inputs, "--tokenizer", tokenizer, "--output", tmp_path / "new" / output)
         assert (run.returncode, run.stderr.replace("/new/", "/")) == (2, said)
         assert not (tmp_path / "new").exists()
+
+
+def test_files_of_which_nothing_is_kept_are_told(tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ALPACA))
+    (folder / "b.jsonl").write_text('{"prompt": "x"}\n' * 20 + "{\n[]\n")
+    (folder / "c.json").write_text("[]")
+    (folder / "d.csv").write_text("instruction,output\n")
+    command = [folder, "--template", "chatml", "--tokenizer", tokenizer, "--output"]
+    run = data("sft", *command, tmp_path / "x")
+    assert run.returncode == 0, run.stderr
+    said = f"{folder}/b.jsonl: nothing of it was kept: 20 no key instruction, 1 not valid JSON, 1 not a JSON object"
+    empty = [f"{folder}/{name}: holds no rows; leave it out" for name in ("c.json", "d.csv")]
+    assert [line for line in run.stderr.splitlines() if line in (said, *empty)] == [said, *empty]
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).unlink()
+    run = data("sft", *command, tmp_path / "y")
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert (run.returncode, lines) == (2, [f"error: {line}" for line in ("nothing is left of the input", *empty)])
+
+
+def test_reasons_are_counted_without_their_details(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,n\na,1\nb\nc,1,2\nd\xe9,1\ne\xff,1\n")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a\n{"text": 1 2}\n{"text": "\xfe"}\n')
+    run = data("pretrain", tmp_path, "--tokenizer", tokenizer, "--output", tmp_path / "x")
+    assert run.returncode == 0, run.stderr
+    known = sidecar.read(tmp_path / "x")
+    assert known is not None
+    assert known.left_out == {"not UTF-8": 3, "not valid JSON": 2, "other fields than the columns": 2}
+    assert "b.jsonl:1: not valid JSON: unterminated string, column 10" in run.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_a_csv_that_is_utf16_is_said(tokenizer: Path, tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_text("text\nthe fox\n", encoding=encoding)
+    run = data("pretrain", tmp_path / "a.csv", "--tokenizer", tokenizer, "--output", tmp_path / "x")
+    assert (run.returncode, "not UTF-8" in run.stderr, "\0" in run.stderr) == (2, True, False)
+    assert run.stderr.startswith(f"error: {tmp_path}/a.csv:1: ")
+
+
+def test_a_run_counts_what_it_reads_itself(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "CHUNK", 20_000)
+    source = lines(tmp_path / "in.jsonl", 3000)
+    size = source.stat().st_size
+    command = ["pretrain", source, "--tokenizer", tokenizer, "--workers", 1, "--output"]
+    for number in (1, 2, 3):
+        run = data(*command, tmp_path / "x", "--shard", f"{number}/3")
+        part = size * number // 3 - size * (number - 1) // 3
+        assert f"tokenizing: {part / 1000:.0f}/{part / 1000:.0f} KB, " in run.stderr
+        assert f"1 file, {part / 1e6:.1f} of {size / 1e6:.1f} MB: " in run.stderr
+    with monkeypatch.context() as patch:
+        add = journal.Journal.add
+
+        def dies(held: journal.Journal, line: dict[str, Any], files: Any) -> None:
+            add(held, line, files)
+            if line["read"] > size / 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(journal.Journal, "add", dies)
+        assert data(*command, tmp_path / "y").returncode == 130
+    read = json.loads((tmp_path / "y_text_document.journal.tmp").read_text().splitlines()[-1])["read"]
+    run = data(*command, tmp_path / "y")
+    left = size - read
+    assert f"tokenizing: {left / 1000:.0f}/{left / 1000:.0f} KB, " in run.stderr
+    assert f"1 file, {left / 1e6:.1f} of {size / 1e6:.1f} MB: 3,000 samples" in run.stderr
+    monkeypatch.undo()
+    assert f"1 file, {size / 1e6:.1f} MB: 3,000 samples" in data(*command, tmp_path / "z").stderr
 
 
 @pytest.mark.parametrize("name", ["bin", "lengths", "idx"])

@@ -227,14 +227,14 @@ def test_texts_of_tables_that_are_not_utf8_are_faults(tmp_path: Path) -> None:
     text = pyarrow.StringArray.from_buffers(3, binary.buffers()[1], binary.buffers()[2])
     with pyarrow.ipc.new_stream(tmp_path / "x.arrow", pyarrow.schema([("text", pyarrow.string())])) as writer:
         writer.write_batch(pyarrow.record_batch({"text": text}))
-    assert read([tmp_path / "x.arrow"]) == [{"text": "one"}, "not UTF-8 (byte 0xe9)", {"text": "three"}]
+    assert read([tmp_path / "x.arrow"]) == [{"text": "one"}, "not UTF-8: byte 0xe9", {"text": "three"}]
 
 
 def test_rows_that_are_not_utf8_are_faults_and_their_neighbours_are_not(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b'[{"text": "1"},\n{"text": "\xff"},\n{"text": "3"}]')
     (tmp_path / "x.csv").write_bytes(b"text\n1\n\xff\n3\n")
     for name in ("x.json", "x.csv"):
-        assert read([tmp_path / name]) == [{"text": "1"}, "not UTF-8 (byte 0xff)", {"text": "3"}]
+        assert read([tmp_path / name]) == [{"text": "1"}, "not UTF-8: byte 0xff", {"text": "3"}]
 
 
 def test_a_txt_file_is_one_document_or_one_per_line(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_bad_lines_become_faults_with_their_place(tmp_path: Path) -> None:
     assert [(row.line, row.reason) for row in rows if isinstance(row, Fault)] == [
         (2, "not valid JSON: expecting value, column 10"),
         (4, "not a JSON object"),
-        (5, "not UTF-8 (byte 0xe9)"),
+        (5, "not UTF-8: byte 0xe9"),
     ]
     assert [row.line for row in rows if isinstance(row, Row)] == [1, 6]
 
@@ -310,8 +310,8 @@ def test_csv_rows_of_another_width_are_faults(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("text,n\na,1\nb\nc,1,2\nd,2\n")
     assert read([tmp_path / "x.csv"]) == [
         {"text": "a", "n": "1"},
-        "1 fields under 2 columns",
-        "3 fields under 2 columns",
+        "other fields than the columns: 1 under 2",
+        "other fields than the columns: 3 under 2",
         {"text": "d", "n": "2"},
     ]
 

@@ -83,9 +83,14 @@ class Staged:
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         """All ids, in their order."""
-        with open(self.path, "rb") as file:
-            while len(block := np.fromfile(file, self.dtype, BLOCK)):
-                yield block
+        return blocks(self.path, self.dtype)
+
+
+def blocks(path: Path, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    """The ids of a file, in their order."""
+    with open(path, "rb") as file:
+        while len(block := np.fromfile(file, dtype, BLOCK)):
+            yield block
 
 
 def interleave(counts: Sequence[int], weights: Sequence[float] | None, stop: Mix, seed: int) -> Ints:

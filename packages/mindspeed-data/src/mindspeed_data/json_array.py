@@ -95,7 +95,8 @@ def too_long(limit: int) -> str:
 def reason_of(error: Exception) -> str:
     """Why something is not JSON, in words."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg[:1].lower()}{error.msg[1:]}, column {error.colno}"
+        what = error.msg.removesuffix(" starting at")
+        return f"{what[:1].lower()}{what[1:]}, column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
@@ -165,7 +166,7 @@ class _Text:
             self.offset += len(passed.encode())
         except UnicodeEncodeError as error:
             self.offset += len(passed.encode(errors="surrogateescape"))
-            return f"not UTF-8 (byte 0x{ord(passed[error.start]) - 0xDC00:02x})"
+            return f"not UTF-8: byte 0x{ord(passed[error.start]) - 0xDC00:02x}"
         return None
 
 

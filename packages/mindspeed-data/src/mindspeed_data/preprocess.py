@@ -58,6 +58,7 @@ class Outcome:
     sequences: int = 0  # where samples share them, or are several
     left_out: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)  # the first rows left out, with their places
+    unused: list[str] = field(default_factory=list)  # files of which nothing was kept, and why
 
     def told(self) -> dict[str, Any]:
         """For the journal."""
@@ -96,7 +97,7 @@ def run(
         if kept and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"after {kept:,} samples; the same command goes on from there") from None
         raise
-    _report(job, output, plan, outcome, time.monotonic() - started, current.workers)
+    _report(job, output, plan, outcome, time.monotonic() - started, current)
     return outcome
 
 
@@ -126,6 +127,7 @@ class _Run:
         self.outcome = Outcome()
         self.kept = 0  # samples that the journal knows of
         self.workers = 1
+        self.read = 0  # bytes of the input that this run has read
 
     def finish(self, workers: int | None) -> Outcome:
         """Do what is left of it."""
@@ -215,10 +217,11 @@ class _Run:
         self.left_out = GrowingFile(path, size=sizes.get(path.name, 0))
         growing = [file for writer in self.writers.values() for file in writer.growing] + [self.left_out]
 
-        job, total = self.job, sum(source.size for source in self.job.sources)
+        job, done = self.job, 0 if line is None else line["read"]
+        self.read = total = max(0, readers.share(job.sources, self.plan.shard) - done)
         self.workers = _workers(job, workers)
         unit, scale = ("MB", 1_000_000) if total >= 10_000_000 else ("KB", 1_000)
-        done = 0 if line is None else line["read"]
+        before = done
         places = _Places(job.sources, line)
         with (
             progress(round(total / scale), "tokenizing", unit=unit) as bar,
@@ -247,9 +250,30 @@ class _Run:
                 self.kept = self.outcome.kept
                 parts.remove(self.parts, number)
                 text = f"{self.outcome.kept:,} samples, {self.outcome.tokens:,} tokens"
-                bar.advance(round(done / scale) - bar.done, text)
+                bar.advance(min(round((done - before) / scale), round(total / scale)) - bar.done, text)
+            bar.advance(round(total / scale) - bar.done)  # how far reading is ahead in what is compressed varies
+        self.outcome.unused = self._unused()
         if not self.outcome.kept and self.plan.shard == (1, 1):  # a shard may be empty, and the whole is not
             raise InputError("\n".join(["nothing is left of the input", *_left_out(self.outcome)]))
+
+    def _unused(self) -> list[str]:
+        """The files of rows of which nothing was kept, and why: the keys were looked for in the first row alone."""
+        assert self.left_out is not None
+        kept: set[int] = set()
+        for block in arrange.blocks(path_of(self.writers[ORIGIN].prefix, ".bin.tmp"), self.writers[ORIGIN].dtype):
+            kept.update(np.unique(block[::2]).tolist())
+        files = [s for i, s in enumerate(self.job.sources) if i not in kept and s.size and s.kind != "text"]
+        reasons = {str(source.path): Counter[str]() for source in files}
+        if reasons:
+            with open(self.left_out.path, encoding="utf-8") as file:
+                for row in map(json.loads, file):
+                    if row["file"] in reasons:
+                        reasons[row["file"]][_kind(row["reason"])] += 1
+        return [
+            f"{path}: nothing of it was kept: {_counted(found)}" if found else f"{path}: holds no rows; leave it out"
+            for path, found in reasons.items()
+            if found or self.plan.shard == (1, 1)  # of another shard otherwise
+        ]
 
     def _results(self, line: Line | None, workers: int) -> Generator[tuple[int, Chunk, Encoded], None, None]:
         """The chunks behind a line of the journal, without their data, and what became of each."""
@@ -440,7 +464,7 @@ class _Places:
         for fault in encoded.faults:
             path = str(self.sources[chunk.pieces[fault.piece].source].path)
             line = fault.line + starts[fault.piece]
-            outcome.left_out[fault.reason.split(":")[0]] += 1
+            outcome.left_out[_kind(fault.reason)] += 1
             told.append(json.dumps({"file": path, "line": line, "reason": fault.reason}, ensure_ascii=False) + "\n")
             if len(outcome.named) < NAMED:
                 outcome.named.append(f"{path}{f':{line}' if line else ''}: {fault.reason}")
@@ -488,12 +512,13 @@ def _sidecar(job: Job, plan: Plan, outcome: Outcome, files: dict[str, Mark]) -> 
     )
 
 
-def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float, workers: int) -> None:
-    size = sum(source.size for source in job.sources) / 1e6
+def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float, run: _Run) -> None:
+    size, read = sum(source.size for source in job.sources) / 1e6, run.read / 1e6
+    part = f"{read:,.1f} of " if run.read < sum(source.size for source in job.sources) else ""
     files = f"{len(job.sources)} file{'s' if len(job.sources) > 1 else ''}"
     console.print(
-        f"{files}, {size:,.1f} MB: {outcome.kept:,} samples, {outcome.tokens:,} tokens in {seconds:.1f} s "
-        f"({size / seconds:,.1f} MB/s{f', {workers} workers' if workers > 1 else ''})"
+        f"{files}, {part}{size:,.1f} MB: {outcome.kept:,} samples, {outcome.tokens:,} tokens in {seconds:.1f} s "
+        f"({read / seconds:,.1f} MB/s{f', {run.workers} workers' if run.workers > 1 else ''})"
     )
     if not isinstance(job, TextJob):
         share = outcome.learned / max(outcome.tokens, 1)
@@ -517,10 +542,23 @@ def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float
 
 
 def _left_out(outcome: Outcome) -> list[str]:
-    """The rows that were left out: how many of each reason, and the first ones with their places."""
-    total = sum(outcome.left_out.values())
-    if not total:
-        return []
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in outcome.left_out.most_common())
-    more = [f"  and {total - NAMED:,} more"] if total > NAMED else []
-    return [f"left out {total:,} row{'s' if total > 1 else ''}: {reasons}", *(f"  {n}" for n in outcome.named), *more]
+    """The rows that were left out: how many of each reason, and the first ones with their places; then files as a whole."""
+    told, total = [], sum(outcome.left_out.values())
+    if total:
+        told += [f"left out {total:,} row{'s' if total > 1 else ''}: {_counted(outcome.left_out)}"]
+        told += [f"  {name}" for name in outcome.named]
+    if total > NAMED:
+        told.append(f"  and {total - NAMED:,} more")
+    told += outcome.unused[:NAMED]
+    if len(outcome.unused) > NAMED:
+        told.append(f"and nothing of {len(outcome.unused) - NAMED:,} more files")
+    return told
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+
+
+def _kind(reason: str) -> str:
+    """A reason without its details, which stand behind a colon."""
+    return reason.split(":")[0]

@@ -123,6 +123,20 @@ def chunks(
         yield Chunk(tuple(pieces), consumed)
 
 
+def share(sources: Sequence[Source], shard: tuple[int, int]) -> int:
+    """Return how many bytes of the input, as it lies on the disk, a shard reads: to about a chunk."""
+    total, (number, shards) = sum(source.size for source in sources), shard
+    low, high = (total * (number - 1) // shards, total * number // shards)
+    read = begin = 0
+    for source in sources:
+        if source.compression is not None or source.kind == "text":  # whole, where it begins
+            read += source.size if low <= begin < high else 0
+        else:
+            read += max(0, min(begin + source.size, high) - max(begin, low))
+        begin += source.size
+    return read
+
+
 def _newlines(data: bytes) -> int:
     """`data.count(b"\\n")`, several times faster."""
     return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
@@ -209,7 +223,7 @@ def _csv(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
         elif len(values) == len(piece.columns):
             yield line, dict(zip(piece.columns, values, strict=True))
         elif values:
-            yield line, f"{len(values)} fields under {len(piece.columns)} columns"
+            yield line, f"other fields than the columns: {len(values)} under {len(piece.columns)}"
 
 
 def _table(data: bytes, _: Piece) -> Iterator[tuple[int, Record | str]]:
@@ -241,7 +255,7 @@ DECODERS: dict[str, Callable[[bytes, Piece], Iterator[tuple[int, Record | str]]]
 
 
 def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 (byte 0x{data[error.start]:02x})"
+    return f"not UTF-8: byte 0x{data[error.start]:02x}"
 
 
 NO_MARKS = re.compile(rb'[^",\r\n]+')
@@ -435,7 +449,9 @@ def _csv_stream(index: int, source: Source, stream: BinaryIO) -> Iterator[Piece]
     try:
         columns = tuple(next(reader, []))
         if lines.fault is not None:
-            raise InputError(f"{source.path}:1: {lines.fault}, and it must name the columns; write the file as UTF-8")
+            raise InputError(f"{source.path}:1: the line that names the columns is {lines.fault}; write the file as UTF-8")
+        if any("\0" in column for column in columns):
+            raise InputError(f"{source.path}:1: not UTF-8: it holds NULs, as UTF-16 does; write the file as UTF-8")
         if len(set(columns)) != len(columns) or not any(columns):
             raise InputError(f"{source.path}:1: the first line must name the columns, each once")
         start, line = lines.offset, reader.line_num
