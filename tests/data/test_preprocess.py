@@ -581,7 +581,9 @@ def test_a_place_that_takes_no_files_is_one_line(tokenizer: Path, tmp_path: Path
     source = lines(tmp_path / "in.jsonl", 3000)
     run = data("pretrain", source, "--tokenizer", tokenizer, "--output", "/proc/x")
     assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].startswith("error: /proc/x_text_document.journal.tmp: no such file or directory; it")
+    assert run.stderr.splitlines()[-1].startswith(
+        "error: /proc/x_text_document.journal.tmp: no such file or directory; it"
+    )
     command = f"{sys.executable} -m mindspeed_data pretrain {source} --tokenizer {tokenizer} --output {tmp_path}/new/x"
     limited = subprocess.run(["bash", "-c", f"ulimit -f 8; exec {command}"], capture_output=True, text=True)
     assert limited.returncode == 2, limited.stderr

@@ -196,7 +196,9 @@ def test_a_line_of_absurd_length_is_left_out_alone(tmp_path: Path, name: str, mo
             assert lines == ([3 * i - 1 for i in expected] if "json" in name and "jsonl" not in name else expected)
 
 
-def test_what_is_longer_than_a_row_is_counted_from_its_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_longer_than_a_row_is_counted_from_its_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mindspeed_data.readers.ROW_LIMIT", 1 << 20)
     for name, size in (("x.json", 12), ("x.csv", 1), ("x.jsonl", 13)):  # {"text": ""} and newlines
         for more, kept in ((0, True), (1, False)):
@@ -264,7 +266,11 @@ def test_links_to_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
     assert [source.path for source in find([tmp_path / "in"])] == [
         tmp_path / name for name in ("in/b/1.txt", "in/c.txt", "in/far/2.txt")
     ]
-    assert sorted(record["text"] for record in read([tmp_path / "in/**/*.txt"])) == ["far/2.txt", "in/b/1.txt", "in/c.txt"]
+    assert sorted(record["text"] for record in read([tmp_path / "in/**/*.txt"])) == [
+        "far/2.txt",
+        "in/b/1.txt",
+        "in/c.txt",
+    ]
     assert [record["text"] for record in read([tmp_path / "i?/**/b/*.txt"])] == ["in/b/1.txt"]
 
 

@@ -316,9 +316,10 @@ def test_strict_holds_for_what_an_earlier_run_left_out(
         if line.get("chunk") == 3:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="after"):
+    with monkeypatch.context() as patch:
         patch.setattr(Journal, "add", dies)
-        start(folder, tmp_path / "x", 1)
+        with pytest.raises(KeyboardInterrupt, match="after"):
+            start(folder, tmp_path / "x", 1)
     with pytest.raises(InputError, match=r"a.jsonl:1: not valid JSON"):
         start(folder, tmp_path / "x", 1, strict=True)
     start(folder, tmp_path / "x", 1)  # without it nothing of what was done is lost
@@ -332,10 +333,11 @@ def test_a_run_killed_before_its_first_line_loses_a_chunk_per_worker(
     class Killed(BaseException):
         pass
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Journal, "add", lambda *_: (_ for _ in ()).throw(Killed))
         patch.setattr(preprocess._Run, "end", lambda run: run.journal.close() or 0)
-        start(folder, tmp_path / "new/x", 2)
+        with pytest.raises(Killed):
+            start(folder, tmp_path / "new/x", 2)
     made = {int(path.stem) for path in (tmp_path / "new").rglob("*.npz")}
     assert 0 in made
     counting = Counting(monkeypatch)
@@ -357,12 +359,14 @@ def test_a_command_that_cannot_work_leaves_what_another_began(
         if line.get("chunk") == 5:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Journal, "add", dies)
-        start(folder, tmp_path / "new/x", 1)
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="no key 'body'"):
+        with pytest.raises(KeyboardInterrupt):
+            start(folder, tmp_path / "new/x", 1)
+    with monkeypatch.context() as patch:
         patch.setattr(formats, "TEXT", dataclasses.replace(formats.TEXT, keys={"text": "body"}))
-        start(folder, tmp_path / "new/x", 1)
+        with pytest.raises(InputError, match="no key 'body'"):
+            start(folder, tmp_path / "new/x", 1)
     start(folder, tmp_path / "new/x", 1)
     assert written(tmp_path / "new/x") == straight[False]
     assert len(counting.chunks) == len(set(counting.chunks))

@@ -72,7 +72,7 @@ class Staged:
         ends = np.cumsum(lengths)
         ids = np.empty(int(ends[-1]) if len(ends) else 0, self.dtype)
         first = np.flatnonzero(np.append(True, starts[1:] != starts[:-1] + lengths[:-1]))  # of those that lie together
-        size, into = self.dtype.itemsize, memoryview(ids.view(np.uint8))
+        size, into = self.dtype.itemsize, ids.view(np.uint8).data
         places = ((ends - lengths)[first] * size, np.append(ends[first[1:] - 1], len(ids)) * size, starts[first] * size)
         with open(self.path, "rb", buffering=0) as file:
             for begin, end, start in zip(*(place.tolist() for place in places), strict=True):

@@ -35,7 +35,9 @@ class Plan:
     def described(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def order(self, lengths: NDArray[np.integer[Any]], sources: Sequence[Source], source_of: NDArray[np.int32]) -> Order:
+    def order(
+        self, lengths: NDArray[np.integer[Any]], sources: Sequence[Source], source_of: NDArray[np.int32]
+    ) -> Order:
         """Return where samples of these lengths go, of which each came from a source."""
         samples = np.arange(len(lengths))
         if self.mix != "concat":

@@ -449,7 +449,9 @@ def _csv_stream(index: int, source: Source, stream: BinaryIO) -> Iterator[Piece]
     try:
         columns = tuple(next(reader, []))
         if lines.fault is not None:
-            raise InputError(f"{source.path}:1: the line that names the columns is {lines.fault}; write the file as UTF-8")
+            raise InputError(
+                f"{source.path}:1: the line that names the columns is {lines.fault}; write the file as UTF-8"
+            )
         if any("\0" in column for column in columns):
             raise InputError(f"{source.path}:1: not UTF-8: it holds NULs, as UTF-16 does; write the file as UTF-8")
         if len(set(columns)) != len(columns) or not any(columns):
