@@ -548,6 +548,31 @@ def test_input_that_changes_under_a_run_is_said(
     assert leftovers(tmp_path / "new") == []
 
 
+@pytest.mark.parametrize("batch", [10, 2000])
+def test_an_arrow_file_that_shrinks_under_a_run_is_said(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    import pyarrow
+
+    from mindspeed_data import preprocess
+
+    monkeypatch.setattr(readers, "CHUNK", 20_000)
+    source = tmp_path / "in.arrow"
+    table = pyarrow.table({"text": ["the quick brown fox " * 20] * 2000})
+    with pyarrow.ipc.new_stream(str(source), table.schema) as writer:
+        writer.write_table(table, max_chunksize=batch)
+    tell = preprocess._Places.tell
+
+    def told(*arguments: Any) -> Any:
+        os.truncate(source, 5000)
+        return tell(*arguments)
+
+    monkeypatch.setattr(preprocess._Places, "tell", told)
+    run = data("pretrain", source, "--tokenizer", tokenizer, "--output", tmp_path / "new/x", "--workers", 1)
+    assert (run.returncode, f"{source}: changed while it was read" in run.stderr) == (2, True), run.stderr
+    assert leftovers(tmp_path / "new") == []
+
+
 @pytest.mark.parametrize("gone", ["in.jsonl", "new"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_vanishes_under_a_run_is_one_line(
@@ -620,6 +645,11 @@ def test_files_of_which_nothing_is_kept_are_told(tokenizer: Path, tmp_path: Path
     assert [line for line in run.stderr.splitlines() if line in (said, *empty)] == [said, *empty]
     for name in ("a.jsonl", "b.jsonl"):
         (folder / name).unlink()
+    for number in range(10):
+        (folder / f"e{number}.jsonl").write_text("\n")
+    assert "\nerror: and nothing of 2 more files\n" in data("sft", *command, tmp_path / "y").stderr
+    for path in folder.glob("e*"):
+        path.unlink()
     run = data("sft", *command, tmp_path / "y")
     lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert (run.returncode, lines) == (2, [f"error: {line}" for line in ("nothing is left of the input", *empty)])

@@ -6,7 +6,6 @@ holds a few bytes per sample; the ids are gathered block by block.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +75,9 @@ class Staged:
         places = ((ends - lengths)[first] * size, np.append(ends[first[1:] - 1], len(ids)) * size, starts[first] * size)
         with open(self.path, "rb", buffering=0) as file:
             for begin, end, start in zip(*(place.tolist() for place in places), strict=True):
-                while begin < end and (count := os.preadv(file.fileno(), [into[begin:end]], start)):
-                    begin, start = begin + count, start + count
+                file.seek(start)
+                while begin < end and (count := file.readinto(into[begin:end])):
+                    begin += count
                 assert begin == end, "the first pass wrote as many ids as it noted"
         return ids
 

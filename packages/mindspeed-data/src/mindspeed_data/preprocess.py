@@ -254,7 +254,9 @@ class _Run:
             bar.advance(round(total / scale) - bar.done)  # how far reading is ahead in what is compressed varies
         self.outcome.unused = self._unused()
         if not self.outcome.kept and self.plan.shard == (1, 1):  # a shard may be empty, and the whole is not
-            raise InputError("\n".join(["nothing is left of the input", *_left_out(self.outcome)]))
+            raise InputError(
+                "\n".join(["nothing is left of the input", *_left_out(self.outcome), *self.outcome.unused])
+            )
 
     def _unused(self) -> list[str]:
         """The files of rows of which nothing was kept, and why: the keys were looked for in the first row alone."""
@@ -269,11 +271,13 @@ class _Run:
                 for row in map(json.loads, file):
                     if row["file"] in reasons:
                         reasons[row["file"]][_kind(row["reason"])] += 1
-        return [
+        told = [
             f"{path}: nothing of it was kept: {_counted(found)}" if found else f"{path}: holds no rows; leave it out"
             for path, found in reasons.items()
             if found or self.plan.shard == (1, 1)  # of another shard otherwise
         ]
+        more = len(told) - NAMED
+        return [*told[:NAMED], *([f"and nothing of {more:,} more files"] if more > 0 else [])]
 
     def _results(self, line: Line | None, workers: int) -> Generator[tuple[int, Chunk, Encoded], None, None]:
         """The chunks behind a line of the journal, without their data, and what became of each."""
@@ -533,6 +537,8 @@ def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float
         console.print(line)
     if sum(outcome.left_out.values()) > NAMED:
         console.print(f"  all of them: {path_of(output, f'{job.beside}{LEFT_OUT}')}")
+    for line in outcome.unused:
+        console.print(line)
     if plan.pack is not None:
         share = outcome.tokens / max(outcome.sequences * plan.pack, 1)
         console.print(f"packed: {outcome.sequences:,} sequences of {plan.pack:,}, {share:.2%} of them filled")
@@ -542,16 +548,13 @@ def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float
 
 
 def _left_out(outcome: Outcome) -> list[str]:
-    """The rows that were left out: how many of each reason, and the first ones with their places; then files as a whole."""
+    """The rows that were left out: how many of each reason, and the first ones with their places."""
     told, total = [], sum(outcome.left_out.values())
     if total:
         told += [f"left out {total:,} row{'s' if total > 1 else ''}: {_counted(outcome.left_out)}"]
         told += [f"  {name}" for name in outcome.named]
     if total > NAMED:
         told.append(f"  and {total - NAMED:,} more")
-    told += outcome.unused[:NAMED]
-    if len(outcome.unused) > NAMED:
-        told.append(f"and nothing of {len(outcome.unused) - NAMED:,} more files")
     return told
 
 

@@ -594,7 +594,7 @@ def _arrow(source: Source, columns: Collection[str] | None) -> tuple[Batches, Ca
     """The same of either of Arrow's formats: the one that ends with an index, and the stream that `datasets` writes."""
     import pyarrow
 
-    with open(source.path, "rb") as file:
+    with open(source.path, "rb") as file:  # it stays a map: one batch may be as large as all of it
         if not file.read(1):
             raise changed(source)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -608,8 +608,13 @@ def _arrow(source: Source, columns: Collection[str] | None) -> tuple[Batches, Ca
         batches = ((batch, stream.tell()) for batch in reader)
     wanted = _wanted(reader.schema.names, columns)
     chosen = ((batch if wanted is None else batch.select(wanted), end) for batch, end in batches)
-    # A batch may be as large as the file, so it stays a map; but pages that were looked at count as memory until told otherwise.
-    return chosen, lambda: mapped.madvise(mmap.MADV_DONTNEED)
+
+    def release() -> None:
+        if mapped.size() < source.size:  # a look behind the new end would kill us
+            raise changed(source)
+        mapped.madvise(mmap.MADV_DONTNEED)  # pages that were looked at count as memory until told otherwise
+
+    return chosen, release
 
 
 def _wanted(names: Sequence[str], columns: Collection[str] | None) -> list[str] | None:

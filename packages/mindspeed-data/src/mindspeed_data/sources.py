@@ -118,8 +118,8 @@ def _matches(pattern: Path) -> Iterator[Path]:
         return
     at = pattern.parts.index("**")
     tail = Path(*pattern.parts[at + 1 :] or "*")
-    for folder in glob.glob(str(Path(*pattern.parts[:at]))):
-        yield from (path for path in _walk(Path(folder)) if path.relative_to(folder).match(str(tail)))
+    for folder in filter(Path.is_dir, map(Path, glob.glob(str(Path(*pattern.parts[:at]))))):
+        yield from (path for path in _walk(folder) if path.relative_to(folder).match(str(tail)))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -132,7 +132,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         if (stat.st_dev, stat.st_ino) in seen:
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        for path in place.iterdir():
+        for path in sorted(place.iterdir()):
             if path.name.startswith("."):
                 continue
             if path.is_dir():
