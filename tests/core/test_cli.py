@@ -181,6 +181,16 @@ def test_progress_writes_plain_lines_where_there_is_no_terminal(capsys, monkeypa
     ("error", "expected"),
     [
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: permission denied; change its permissions"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"),
+            "/x: no such file or directory; it, or its",
+        ),
+        (
+            OSError(errno.EFBIG, "File too large", "/x"),
+            "/x: file too large; raise the limit of the size of files (ulimit",
+        ),
+        (OSError(errno.EIO, "Input/output error", "/x"), "/x: input/output error; the disk or its connection fails"),
+        (OSError(errno.ESTALE, "Stale file handle", "/x"), "/x: stale file handle; its server has another file there"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on device"),
         (MemoryError(), "out of memory"),
         (ValueError("shape"), None),

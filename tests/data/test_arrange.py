@@ -91,6 +91,10 @@ def test_a_mix_that_cannot_be_is_said(tokenizer: Path, tmp_path: Path) -> None:
         (["--weights", "1,2"], "--weights: inputs are drawn by weight when they are mixed"),
         (["--mix", "first_exhausted", "--weights", "1"], "a number above 0 for each of the 2 inputs"),
         (["--mix", "first_exhausted", "--weights", "1,x"], "a number above 0 for each of the 2 inputs"),
+        (["--mix", "first_exhausted", "--weights", "nan,1"], "a number above 0 for each of the 2 inputs"),
+        (["--mix", "first_exhausted", "--weights", "inf,1"], "a number above 0 for each of the 2 inputs"),
+        (["--mix", "first_exhausted", "--weights", "1e308,1e308"], "a number above 0 for each of the 2 inputs"),
+        (["--seed", "3"], "--seed: is of the draws of --mix alone"),
         (["--mix", "first_exhausted", "--shard", "1/2"], "shares of inputs cannot be mixed"),
         (["--mix", "all_exhausted"], "b.jsonl: nothing is left of it to mix with the others; leave it out"),
         (["--shard", "3/2"], "--shard 3/2: i/n is expected"),
@@ -98,6 +102,13 @@ def test_a_mix_that_cannot_be_is_said(tokenizer: Path, tmp_path: Path) -> None:
     ]:
         run = data(*command, *options)
         assert (run.returncode, said in run.stderr) == (2, True), run.stderr
+    b = texts(tmp_path / "b.jsonl", "b", 3)
+    for weights, drawn in (("1,1e-300", "3e+300"), ("1e300,1e-300", "inf"), ("1,1e-3", "3,003")):
+        run = data(*command, "--mix", "all_exhausted", "--weights", weights)
+        said = f"error: --weights: until {b} has been seen whole, about {drawn} rows would be drawn, of 6 there are; "
+        assert (run.returncode, run.stderr.splitlines()[-1].startswith(said)) == (2, True), run.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+    assert data(*command, "--mix", "all_exhausted", "--weights", "1,0.1").returncode == 0
 
 
 ROWS = [{"instruction": f"say {'very ' * (i % 9)}well {i}", "output": f"well {i} " * (1 + i % 7)} for i in range(80)]

@@ -1,19 +1,21 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
 
 from mindspeed_core.tokenizer import Tokenizer
-from mindspeed_data import readers, sidecar
+from mindspeed_data import journal, readers, sidecar
 from mindspeed_data.indexed import IndexedDataset
 from mindspeed_data.sources import find
 from tests.data.command import data
@@ -64,6 +66,20 @@ def test_text_becomes_one_sequence_per_document(tokenizer: Path, tmp_path: Path)
         assert told == {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
 
 
+def test_a_data_set_among_the_input_is_not_read(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "the fox"}\n{\n')
+    (tmp_path / "my.meta.json").write_text('{"text": "not of a data set"}')
+    for inputs in ([tmp_path], [tmp_path / "*.json*"]):
+        command = ["pretrain", *inputs, "--tokenizer", tokenizer, "--output", tmp_path / "out", "--overwrite"]
+        for _ in range(2):
+            assert data(*command).returncode == 0
+            known = sidecar.read(tmp_path / "out")
+            assert known is not None
+            assert [Path(file["path"]).name for file in known.inputs] == ["a.jsonl", "my.meta.json"]
+    run = data("pretrain", tmp_path / "out_*.json", *command[2:])
+    assert "no file matches this pattern" in run.stderr
+
+
 def test_every_bad_row_of_text_is_counted_and_named_with_its_line(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +88,7 @@ def test_every_bad_row_of_text_is_counted_and_named_with_its_line(
     bad = [
         (b'{"text": "a"', "not valid JSON: expecting ',' delimiter, column 13"),
         (b"[1]", "not a JSON object"),
-        (b'{"text": "\xff"}', "not UTF-8 (byte 0xff)"),
+        (b'{"text": "\xff"}', "not UTF-8: byte 0xff"),
         (b'{"title": "a"}', "no key text"),
         (b'{"text": 3}', "text is a number, not a text"),
         (b'{"text": null}', "empty text"),
@@ -201,7 +217,7 @@ def test_samples_up_to_the_sequence_length_stay(tokenizer: Path, tmp_path: Path)
         ("x.txt", "some text", "sft", "x.txt: a text holds no questions and answers; use mindspeed-data pretrain"),
         ("x.json", json.dumps(ALPACA), "pretrain", "no key 'text'; the row has instruction, input, output; this looks"),
         ("x.txt", "", "pretrain", "x.txt: this file is empty"),
-        ("x.txt", b"caf\xe9", "pretrain", "x.txt:1: not UTF-8 (byte 0xe9)"),
+        ("x.txt", b"caf\xe9", "pretrain", "x.txt:1: not UTF-8: byte 0xe9"),
         ("x.jsonl", '{"text": ""}\n{"text": 3}\n{', "pretrain", "nothing is left of the input"),
         ("x.jsonl", '{"text": "\\ud800"}', "pretrain", "half of a surrogate pair"),
         ("x.json", '[{"instruction": "a", "output": ""}]', "sft", "x.json:1: empty answer"),
@@ -280,6 +296,12 @@ def test_wrong_options_are_said(tokenizer: Path, tmp_path: Path) -> None:
         ([*ok, *output, "--bos"], "has no BOS token"),
         ([*ok, *output, "--map-keys", "{"], "--map-keys: not valid JSON"),
         ([*ok, *output, "--map-keys", '{"txt": "a"}'], "--map-keys: format text has no txt; it has text"),
+        ([*ok, *output, "--json-key", "a", "--map-keys", '{"text": "b"}'], "--json-key a: beside --map-keys"),
+        ([*ok, *output, "--per-line"], "--per-line: is of txt alone, and none of the inputs is one"),
+        (
+            ["sft", source, "--tokenizer", tokenizer, "--template", "chatml", "--longer", "cut", *output],
+            "--longer cut: longer than what is missing; add --seq-length",
+        ),
         ([*ok, *output, "--dtype", "int8"], "int8"),
         (["sft", source, "--tokenizer", tokenizer, *output], "brings no chat template; choose one of"),
         (["sft", source, "--tokenizer", tokenizer, "--template", "x", *output], "no template is called x"),
@@ -527,6 +549,196 @@ def test_results_come_in_order_and_items_are_taken_as_needed() -> None:
         for n, result in enumerate(pool.map(items())):
             assert result == str(n)
             assert len(taken) <= n + 1 + 3 * AHEAD
+
+
+@pytest.mark.parametrize("change", ["shrinks", "grows", "is written to"])
+@pytest.mark.parametrize("late", [False, True])
+def test_input_that_changes_under_a_run_is_said(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, late: bool
+) -> None:
+    from mindspeed_data import preprocess
+
+    monkeypatch.setattr(readers, "CHUNK", 20_000)
+    source = lines(tmp_path / "in.jsonl", 2000)
+    size = source.stat().st_size
+
+    def changes() -> None:
+        with open(source, "r+b") as file:
+            if change == "is written to":
+                file.write(b"{")
+                os.utime(source, ns=(1, 1))
+            else:
+                file.truncate(size // 2 if change == "shrinks" else size + 1)
+
+    tell = preprocess._Places.tell
+
+    def told(places: preprocess._Places, chunk: readers.Chunk, *rest: Any) -> Any:
+        if (chunk.pieces[-1].stop == size) == late:
+            changes()
+        return tell(places, chunk, *rest)
+
+    monkeypatch.setattr(preprocess._Places, "tell", told)
+    run = data("pretrain", source, "--tokenizer", tokenizer, "--output", tmp_path / "new/x")
+    assert (run.returncode, run.stderr.splitlines()[-1]) == (
+        2,
+        f"error: {source}: changed while it was read; run again when nothing writes to it any more",
+    )
+    assert leftovers(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize("batch", [10, 2000])
+def test_an_arrow_file_that_shrinks_under_a_run_is_said(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    import pyarrow
+
+    from mindspeed_data import preprocess
+
+    monkeypatch.setattr(readers, "CHUNK", 20_000)
+    source = tmp_path / "in.arrow"
+    table = pyarrow.table({"text": ["the quick brown fox " * 20] * 2000})
+    with pyarrow.ipc.new_stream(str(source), table.schema) as writer:
+        writer.write_table(table, max_chunksize=batch)
+    tell = preprocess._Places.tell
+
+    def told(*arguments: Any) -> Any:
+        os.truncate(source, 5000)
+        return tell(*arguments)
+
+    monkeypatch.setattr(preprocess._Places, "tell", told)
+    run = data("pretrain", source, "--tokenizer", tokenizer, "--output", tmp_path / "new/x", "--workers", 1)
+    assert (run.returncode, f"{source}: changed while it was read" in run.stderr) == (2, True), run.stderr
+    assert leftovers(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize("gone", ["in.jsonl", "new"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_vanishes_under_a_run_is_one_line(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str, workers: int
+) -> None:
+    from mindspeed_data import preprocess
+
+    monkeypatch.setattr(readers, "CHUNK", 20_000)
+    source = lines(tmp_path / "in.jsonl", 2000)
+    tell = preprocess._Places.tell
+
+    def told(*arguments: Any) -> Any:
+        path = tmp_path / gone
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        return tell(*arguments)
+
+    monkeypatch.setattr(preprocess._Places, "tell", told)
+    command = ["pretrain", source, "--tokenizer", tokenizer, "--workers", workers]
+    run = data(*command, "--output", tmp_path / "new/x")
+    assert (run.returncode, "Traceback" in run.stderr) == (2, False), run.stderr
+    said = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"error: {tmp_path / gone}")
+    assert all(name.endswith((".tmp", ".npz")) for name in leftovers(tmp_path / "new"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_place_that_takes_no_files_is_one_line(tokenizer: Path, tmp_path: Path) -> None:
+    source = lines(tmp_path / "in.jsonl", 3000)
+    run = data("pretrain", source, "--tokenizer", tokenizer, "--output", "/proc/x")
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith(
+        "error: /proc/x_text_document.journal.tmp: no such file or directory; it"
+    )
+    command = f"{sys.executable} -m mindspeed_data pretrain {source} --tokenizer {tokenizer} --output {tmp_path}/new/x"
+    limited = subprocess.run(["bash", "-c", f"ulimit -f 8; exec {command}"], capture_output=True, text=True)
+    assert limited.returncode == 2, limited.stderr
+    assert limited.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/new/x_text_document.")
+    assert "bin.tmp: file too large; raise the limit of the size of files (ulimit -f)" in limited.stderr
+    assert leftovers(tmp_path / "new") == []
+
+
+def test_names_that_are_not_utf8_are_refused_at_once(tokenizer: Path, tmp_path: Path) -> None:
+    bad = Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"\xff.jsonl"))
+    try:
+        shutil.copy(lines(tmp_path / "in.jsonl", 3), bad)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    said = f"error: {tmp_path}/in\\xff.jsonl: this name is not UTF-8; rename it, or choose another\n"
+    for inputs, output in (([bad], "x"), ([tmp_path], "x"), ([tmp_path / "in.jsonl"], bad.name)):
+        run = data("pretrain", *inputs, "--tokenizer", tokenizer, "--output", tmp_path / "new" / output)
+        assert (run.returncode, run.stderr.replace("/new/", "/")) == (2, said)
+        assert not (tmp_path / "new").exists()
+
+
+def test_files_of_which_nothing_is_kept_are_told(tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ALPACA))
+    (folder / "b.jsonl").write_text('{"prompt": "x"}\n' * 20 + "{\n[]\n")
+    (folder / "c.json").write_text("[]")
+    (folder / "d.csv").write_text("instruction,output\n")
+    command = [folder, "--template", "chatml", "--tokenizer", tokenizer, "--output"]
+    run = data("sft", *command, tmp_path / "x")
+    assert run.returncode == 0, run.stderr
+    said = f"{folder}/b.jsonl: nothing of it was kept: 20 no key instruction, 1 not valid JSON, 1 not a JSON object"
+    empty = [f"{folder}/{name}: holds no rows; leave it out" for name in ("c.json", "d.csv")]
+    assert [line for line in run.stderr.splitlines() if line in (said, *empty)] == [said, *empty]
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).unlink()
+    for number in range(10):
+        (folder / f"e{number}.jsonl").write_text("\n")
+    assert "\nerror: and nothing of 2 more files\n" in data("sft", *command, tmp_path / "y").stderr
+    for path in folder.glob("e*"):
+        path.unlink()
+    run = data("sft", *command, tmp_path / "y")
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert (run.returncode, lines) == (2, [f"error: {line}" for line in ("nothing is left of the input", *empty)])
+
+
+def test_reasons_are_counted_without_their_details(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,n\na,1\nb\nc,1,2\nd\xe9,1\ne\xff,1\n")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a\n{"text": 1 2}\n{"text": "\xfe"}\n')
+    run = data("pretrain", tmp_path, "--tokenizer", tokenizer, "--output", tmp_path / "x")
+    assert run.returncode == 0, run.stderr
+    known = sidecar.read(tmp_path / "x")
+    assert known is not None
+    assert known.left_out == {"not UTF-8": 3, "not valid JSON": 2, "other fields than the columns": 2}
+    assert "b.jsonl:1: not valid JSON: unterminated string, column 10" in run.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_a_csv_that_is_utf16_is_said(tokenizer: Path, tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_text("text\nthe fox\n", encoding=encoding)
+    run = data("pretrain", tmp_path / "a.csv", "--tokenizer", tokenizer, "--output", tmp_path / "x")
+    assert (run.returncode, "not UTF-8" in run.stderr, "\0" in run.stderr) == (2, True, False)
+    assert run.stderr.startswith(f"error: {tmp_path}/a.csv:1: ")
+
+
+def test_a_run_counts_what_it_reads_itself(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "CHUNK", 20_000)
+    source = lines(tmp_path / "in.jsonl", 3000)
+    size = source.stat().st_size
+    command = ["pretrain", source, "--tokenizer", tokenizer, "--workers", 1, "--output"]
+    for number in (1, 2, 3):
+        run = data(*command, tmp_path / "x", "--shard", f"{number}/3")
+        part = size * number // 3 - size * (number - 1) // 3
+        assert f"tokenizing: {part / 1000:.0f}/{part / 1000:.0f} KB, " in run.stderr
+        assert f"1 file, {part / 1e6:.1f} of {size / 1e6:.1f} MB: " in run.stderr
+    with monkeypatch.context() as patch:
+        add = journal.Journal.add
+
+        def dies(held: journal.Journal, line: dict[str, Any], files: Any) -> None:
+            add(held, line, files)
+            if line["read"] > size / 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(journal.Journal, "add", dies)
+        assert data(*command, tmp_path / "y").returncode == 130
+    read = json.loads((tmp_path / "y_text_document.journal.tmp").read_text().splitlines()[-1])["read"]
+    run = data(*command, tmp_path / "y")
+    left = size - read
+    assert f"tokenizing: {left / 1000:.0f}/{left / 1000:.0f} KB, " in run.stderr
+    assert f"1 file, {left / 1e6:.1f} of {size / 1e6:.1f} MB: 3,000 samples" in run.stderr
+    monkeypatch.undo()
+    assert f"1 file, {size / 1e6:.1f} MB: 3,000 samples" in data(*command, tmp_path / "z").stderr
 
 
 @pytest.mark.parametrize("name", ["bin", "lengths", "idx"])

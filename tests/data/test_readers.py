@@ -173,19 +173,45 @@ def test_damaged_compression_is_said(tmp_path: Path, suffix: str) -> None:
             read([path])
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.json.gz", "x.csv", "x.csv.zst", "x.parquet", "x.arrow", "file.arrow"]
+)
 def test_a_line_of_absurd_length_is_left_out_alone(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mindspeed_data.readers.CHUNK", 200)
     monkeypatch.setattr("mindspeed_data.readers.ROW_LIMIT", 1 << 20)
     monkeypatch.setattr("mindspeed_data.readers.BLOCK", 1000)
-    rows = [{"text": "a"}, {"text": "b" * (3 << 20)}, {"text": "c"}, {"text": "d"}]
+    monkeypatch.setattr("mindspeed_data.json_array.BLOCK", 1000)
+    monkeypatch.setattr(readers, "_newlines", lambda data: data.count(b"\n"))
+    rows = [{"text": "a"}, {"text": 'b"},\\\n' * (1 << 19)}, {"text": "c"}, {"text": "d"}]
     for order in (rows, rows[1:] + rows[:1], [rows[0], rows[2], rows[3], rows[1]]):
         path = write(tmp_path / name, order)
         assert read([path]) == [row if len(row["text"]) == 1 else "longer than 1 MiB" for row in order]
         sources = find([path])
-        assert [line for line, _ in placed(list(readers.chunks(sources)), sources)] == [
-            i for i, row in enumerate(order, 1) if len(row["text"]) == 1
-        ]
+        lines = [line for line, _ in placed(list(readers.chunks(sources)), sources)]
+        if "csv" in name:  # behind the header, and the long one has many lines
+            at = order.index(rows[1]) + 1
+            assert lines == [i + 1 + (i > at) * (1 << 19) for i in range(1, 5) if i != at]
+        else:
+            expected = [i for i, row in enumerate(order, 1) if len(row["text"]) == 1]
+            assert lines == ([3 * i - 1 for i in expected] if "json" in name and "jsonl" not in name else expected)
+
+
+def test_what_is_longer_than_a_row_is_counted_from_its_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mindspeed_data.readers.ROW_LIMIT", 1 << 20)
+    for name, size in (("x.json", 12), ("x.csv", 1), ("x.jsonl", 13)):  # {"text": ""} and newlines
+        for more, kept in ((0, True), (1, False)):
+            content = "a" * ((1 << 20) - size + more)
+            if name == "x.csv":
+                (tmp_path / name).write_text(f"text\n{content}\nb\n")
+            elif name == "x.json":
+                (tmp_path / name).write_text(f'[{{"text": "{content}"}}, {{"text": "b"}}]')
+            else:
+                (tmp_path / name).write_text(f'{{"text": "{content}"}}\n{{"text": "b"}}\n')
+            monkeypatch.setattr("mindspeed_data.readers.CHUNK", 1000)
+            found = read([tmp_path / name])
+            assert found == [{"text": content} if kept else "longer than 1 MiB", {"text": "b"}], (name, more)
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.txt.zst"])
@@ -203,14 +229,14 @@ def test_texts_of_tables_that_are_not_utf8_are_faults(tmp_path: Path) -> None:
     text = pyarrow.StringArray.from_buffers(3, binary.buffers()[1], binary.buffers()[2])
     with pyarrow.ipc.new_stream(tmp_path / "x.arrow", pyarrow.schema([("text", pyarrow.string())])) as writer:
         writer.write_batch(pyarrow.record_batch({"text": text}))
-    assert read([tmp_path / "x.arrow"]) == [{"text": "one"}, "not UTF-8 (byte 0xe9)", {"text": "three"}]
+    assert read([tmp_path / "x.arrow"]) == [{"text": "one"}, "not UTF-8: byte 0xe9", {"text": "three"}]
 
 
 def test_rows_that_are_not_utf8_are_faults_and_their_neighbours_are_not(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b'[{"text": "1"},\n{"text": "\xff"},\n{"text": "3"}]')
     (tmp_path / "x.csv").write_bytes(b"text\n1\n\xff\n3\n")
     for name in ("x.json", "x.csv"):
-        assert read([tmp_path / name]) == [{"text": "1"}, "not UTF-8 (byte 0xff)", {"text": "3"}]
+        assert read([tmp_path / name]) == [{"text": "1"}, "not UTF-8: byte 0xff", {"text": "3"}]
 
 
 def test_a_txt_file_is_one_document_or_one_per_line(tmp_path: Path) -> None:
@@ -227,6 +253,27 @@ def test_a_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
     assert read([tmp_path]) == [{"text": "a.txt"}, {"text": "1"}, {"text": "b/2.txt"}]
 
 
+def test_links_to_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "in/b").mkdir(parents=True)
+    (tmp_path / "far").mkdir()
+    for name in ("in/c.txt", "in/b/1.txt", "far/2.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in/a").symlink_to(tmp_path / "in/b")  # what has a name of its own there is read once, by that
+    (tmp_path / "in/b/round").symlink_to(tmp_path / "in")
+    (tmp_path / "in/far").symlink_to(tmp_path / "far")
+    (tmp_path / "far/back").symlink_to(tmp_path / "in")
+    (tmp_path / "in/broken").symlink_to(tmp_path / "none")
+    assert [source.path for source in find([tmp_path / "in"])] == [
+        tmp_path / name for name in ("in/b/1.txt", "in/c.txt", "in/far/2.txt")
+    ]
+    assert sorted(record["text"] for record in read([tmp_path / "in/**/*.txt"])) == [
+        "far/2.txt",
+        "in/b/1.txt",
+        "in/c.txt",
+    ]
+    assert [record["text"] for record in read([tmp_path / "i?/**/b/*.txt"])] == ["in/b/1.txt"]
+
+
 def test_lines_of_json_in_a_json_file_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"text": "1"}\n{"text": "2"}\n')
     assert read([tmp_path / "x.json"]) == [{"text": "1"}, {"text": "2"}]
@@ -239,7 +286,7 @@ def test_bad_lines_become_faults_with_their_place(tmp_path: Path) -> None:
     assert [(row.line, row.reason) for row in rows if isinstance(row, Fault)] == [
         (2, "not valid JSON: expecting value, column 10"),
         (4, "not a JSON object"),
-        (5, "not UTF-8 (byte 0xe9)"),
+        (5, "not UTF-8: byte 0xe9"),
     ]
     assert [row.line for row in rows if isinstance(row, Row)] == [1, 6]
 
@@ -269,8 +316,8 @@ def test_csv_rows_of_another_width_are_faults(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("text,n\na,1\nb\nc,1,2\nd,2\n")
     assert read([tmp_path / "x.csv"]) == [
         {"text": "a", "n": "1"},
-        "1 fields under 2 columns",
-        "3 fields under 2 columns",
+        "other fields than the columns: 1 under 2",
+        "other fields than the columns: 3 under 2",
         {"text": "d", "n": "2"},
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data import formats, preprocess, readers
+from mindspeed_data.arrange import Mix
 from mindspeed_data.journal import GrowingFile, Journal
 from mindspeed_data.plan import Plan
 from mindspeed_data.sources import find
@@ -28,7 +31,7 @@ from tests.tiny import tiny_tokenizer
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from mindspeed_data import journal, readers
+from mindspeed_data import journal, readers, tokenize
 from tests.data import test_resume
 readers.CHUNK = test_resume.CHUNK
 add = journal.Journal.add
@@ -36,22 +39,37 @@ def slow(*arguments):
     add(*arguments)
     time.sleep(float(sys.argv[4]))
 journal.Journal.add = slow
+for job in (tokenize.TextJob, tokenize.InstructionJob):
+    def noted(job, chunk, tokenizer, encode=job._encode):
+        with open(sys.argv[6], "ab", buffering=0) as file:
+            file.write(b"%d %d\\n" % (chunk.pieces[0].source, chunk.pieces[0].start))
+        return encode(job, chunk, tokenizer)
+    job._encode = noted
 test_resume.start(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), seq_length=32 if sys.argv[5] else None)
 """
 CHUNK = 4000
 CHUNKS = 60  # and more than there are
 
 
-def start(folder: Path, output: Path, workers: int, *, seq_length: int | None = None) -> preprocess.Outcome:
-    """Write a data set of the rows in the folder: of text, or packed."""
+def start(
+    folder: Path,
+    output: Path,
+    workers: int,
+    *,
+    seq_length: int | None = None,
+    mix: Mix = "concat",
+    strict: bool = False,
+) -> preprocess.Outcome:
+    """Write a data set of the rows in the folder: of text, perhaps with its files mixed, or packed."""
+    inputs = [folder / "rows"] if mix == "concat" else sorted((folder / "rows").iterdir())
     common: dict[str, Any] = {
-        "sources": find([folder / "rows"]),
+        "sources": find(inputs),
         "tokenizer": Tokenizer.load(folder / "tokenizer"),
         "fast": False,
     }
     if seq_length is None:
         job: Any = TextJob(**common, format=formats.TEXT, keys=formats.TEXT.keys, eod=0)
-        return preprocess.run(job, output, workers=workers)
+        return preprocess.run(job, output, workers=workers, strict=strict, plan=Plan(mix=mix))
     from mindspeed_core.templates import TEMPLATES
     from mindspeed_data.conversations import CONVERSATIONS
     from mindspeed_data.tokenize import InstructionJob
@@ -105,14 +123,18 @@ def straight(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[boo
 
 
 def kill_and_go_on(folder: Path, output: Path, seed: int, *, packed: bool) -> int:
-    """Kill runs at random places until one ends by itself; return how many were killed."""
+    """Kill runs at random places until one ends by itself; return how many were killed. None loses more than a chunk per worker."""
     draw = random.Random(seed)
+    noted = output.parent.with_suffix(".encoded")  # every chunk that a run begins to encode
+    seen, begun = 0, {}  # chunk -> the run that was the last to begin it
+    crews: list[int] = []  # the workers of each run
+    lost: Counter[int] = Counter()  # chunks of a run that a later one began again
     journal = output.parent / ("x_packed.journal.tmp" if packed else "x_text_document.journal.tmp")
     done = -1
     for kills in count():
         workers = draw.choice([1, 2])
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, folder, output, str(workers), "0.02", "packed" if packed else ""],
+            [sys.executable, "-c", PROGRAM, folder, output, str(workers), "0.02", "packed" if packed else "", noted],
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[2],
@@ -125,6 +147,13 @@ def kill_and_go_on(folder: Path, output: Path, seed: int, *, packed: bool) -> in
         time.sleep(draw.random() * 0.03)
         process.kill()
         _, said = process.communicate()
+        chunks = noted.read_bytes().splitlines() if noted.exists() else []
+        for chunk in chunks[seen:]:
+            lost.update([begun[chunk]] if chunk in begun else [])
+            begun[chunk] = kills
+        seen = len(chunks)
+        crews.append(workers)
+        assert all(count <= crews[run] for run, count in lost.items()), (lost, crews)
         if process.returncode == 0:
             return kills
         assert process.returncode == -signal.SIGKILL, said
@@ -261,7 +290,8 @@ def test_another_job_begins_anew(
     (tmp_path / "new").mkdir()
     rows = folder / "rows/a.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, folder, tmp_path / "new/x", "1", "0.05", ""], cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", PROGRAM, folder, tmp_path / "new/x", "1", "0.05", "", tmp_path / "encoded"],
+        cwd=Path(__file__).parents[2],
     )
     while _last(tmp_path / "new/x_text_document.journal.tmp") < 2:
         time.sleep(0.01)
@@ -273,6 +303,73 @@ def test_another_job_begins_anew(
     start(folder, tmp_path / "new/x", 1)
     os.utime(rows, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert written(tmp_path / "new/x") == straight[False]
+
+
+def test_strict_holds_for_what_an_earlier_run_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK", CHUNK)
+    add = Journal.add
+
+    def dies(journal: Journal, line: dict[str, Any], files: Any) -> None:
+        add(journal, line, files)
+        if line.get("chunk") == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", dies)
+        with pytest.raises(KeyboardInterrupt, match="after"):
+            start(folder, tmp_path / "x", 1)
+    with pytest.raises(InputError, match=r"a.jsonl:1: not valid JSON"):
+        start(folder, tmp_path / "x", 1, strict=True)
+    start(folder, tmp_path / "x", 1)  # without it nothing of what was done is lost
+
+
+def test_a_run_killed_before_its_first_line_loses_a_chunk_per_worker(
+    folder: Path, straight: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK", CHUNK)
+
+    class Killed(BaseException):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(preprocess._Run, "end", lambda run: run.journal.close() or 0)
+        with pytest.raises(Killed):
+            start(folder, tmp_path / "new/x", 2)
+    made = {int(path.stem) for path in (tmp_path / "new").rglob("*.npz")}
+    assert 0 in made
+    counting = Counting(monkeypatch)
+    start(folder, tmp_path / "new/x", 1)
+    assert written(tmp_path / "new/x") == straight[False]
+    every = list(readers.chunks(find([folder / "rows"]), columns=["text"]))
+    assert len(counting.chunks) == len(every) - len(made)
+
+
+def test_a_command_that_cannot_work_leaves_what_another_began(
+    folder: Path, straight: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK", CHUNK)
+    counting = Counting(monkeypatch)
+    add = Journal.add
+
+    def dies(journal: Journal, line: dict[str, Any], files: Any) -> None:
+        add(journal, line, files)
+        if line.get("chunk") == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", dies)
+        with pytest.raises(KeyboardInterrupt):
+            start(folder, tmp_path / "new/x", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "TEXT", dataclasses.replace(formats.TEXT, keys={"text": "body"}))
+        with pytest.raises(InputError, match="no key 'body'"):
+            start(folder, tmp_path / "new/x", 1)
+    start(folder, tmp_path / "new/x", 1)
+    assert written(tmp_path / "new/x") == straight[False]
+    assert len(counting.chunks) == len(set(counting.chunks))
 
 
 def test_two_runs_do_not_write_the_same_data_set(folder: Path, tmp_path: Path) -> None:
@@ -289,6 +386,7 @@ def test_what_a_loss_of_power_took_is_done_again(tmp_path: Path) -> None:
         return Journal(path, {"job": 1})
 
     journal, file = opened(), GrowingFile(tmp_path / "ids")
+    assert journal.resume() is None
     for number in range(5):
         file.write(bytes([number]) * 10)
         journal.add({"chunk": number}, [file])
@@ -315,30 +413,33 @@ def test_what_a_loss_of_power_took_is_done_again(tmp_path: Path) -> None:
 MEASURED = """
 import sys
 from pathlib import Path
-from mindspeed_data import readers
+from mindspeed_data import arrange, readers
 from tests.data import test_resume
 readers.CHUNK = 1 << 20
-test_resume.start(Path(sys.argv[1]), Path(sys.argv[2]), 1)
+arrange.BLOCK = 1 << 16
+test_resume.start(Path(sys.argv[1]), Path(sys.argv[2]), 1, **test_resume.MEASURED_RUNS[sys.argv[3]])
 print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])  # ru_maxrss would begin with our own
 """
+MEASURED_RUNS: dict[str, dict[str, Any]] = {
+    "jsonl": {},
+    "json": {},
+    "arrow": {},
+    "file.arrow": {},
+    "pack": {"seq_length": 1024},
+    "mix": {"mix": "all_exhausted"},
+}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json"])
+@pytest.mark.parametrize("kind", MEASURED_RUNS)
 def test_memory_does_not_grow_with_the_input(folder: Path, tmp_path: Path, kind: str) -> None:
     peaks = []
     for times in (1, 10):
         place = tmp_path / str(times)
         (place / "rows").mkdir(parents=True)
         (place / "tokenizer").symlink_to(folder / "tokenizer")
-        row = json.dumps({"text": "the quick brown fox " * 40})
-        count = times * 2_500  # 2 MB: more than a chunk
-        with open(place / f"rows/x.{kind}", "w") as file:
-            if kind == "jsonl":
-                file.writelines(f"{row}\n" for _ in range(count))
-            else:
-                file.write("[" + ",\n".join([row] * count) + "]")
+        _measured_rows(place / "rows", kind, times * 2_500)  # 2 MB: more than a chunk
         run = subprocess.run(
-            [sys.executable, "-c", MEASURED, place, place / "x"],
+            [sys.executable, "-c", MEASURED, place, place / "x", kind],
             capture_output=True,
             text=True,
             cwd=Path(__file__).parents[2],
@@ -346,3 +447,20 @@ def test_memory_does_not_grow_with_the_input(folder: Path, tmp_path: Path, kind:
         assert run.returncode == 0, run.stderr
         peaks.append(int(run.stdout))
     assert peaks[1] < 1.1 * peaks[0]
+
+
+def _measured_rows(folder: Path, kind: str, count: int) -> None:
+    record = {"text": "the quick brown fox " * 40, "answer": "jumps"}
+    row = json.dumps(record)
+    if kind == "json":
+        (folder / "x.json").write_text("[" + ",\n".join([row] * count) + "]")
+    elif kind.endswith("arrow"):
+        import pyarrow
+
+        batch = pyarrow.RecordBatch.from_pylist([record] * count)  # all of them in one
+        make = pyarrow.ipc.new_file if kind == "file.arrow" else pyarrow.ipc.new_stream
+        with make(str(folder / "x.arrow"), batch.schema) as writer:
+            writer.write_batch(batch)
+    else:
+        for name in "ab":
+            (folder / f"{name}.jsonl").write_text(f"{row}\n" * (count // 2))

@@ -32,6 +32,10 @@ MENDS = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some space or choose another folder",
     errno.EROFS: "choose another folder",
+    errno.EFBIG: "raise the limit of the size of files (ulimit -f) or choose another folder",
+    errno.EIO: "the disk or its connection fails; the system's log (dmesg) says more",
+    errno.ESTALE: "its server has another file there now; mount it again, then run again",
+    errno.ENOENT: "it, or its folder, is gone or never was; put it back or choose another path",
     errno.EACCES: "change its permissions or choose another path",
     errno.EPERM: "change its permissions or choose another path",
     errno.EADDRINUSE: "choose another port",
@@ -154,7 +158,8 @@ def _failure(error: BaseException) -> int:
 def fault_of_environment(error: BaseException) -> str | None:
     """What to say when the disk, a permission or the memory is at fault, however deep the cause; None for our faults."""
     for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno in MENDS:
+        # what was only looked for in vain is no cause of what went wrong later
+        if isinstance(cause, OSError) and cause.errno in MENDS and (cause is error or cause.errno != errno.ENOENT):
             path = cause.filename2 or cause.filename  # of a copy, the second is what could not be written
             where = f"{path}: " if path else ""
             return f"{where}{(cause.strerror or str(cause)).lower()}; {MENDS[cause.errno]}"

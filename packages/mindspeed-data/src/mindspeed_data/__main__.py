@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -51,7 +52,7 @@ Mixing = Annotated[
 Weights = Annotated[
     str | None, typer.Option("--weights", help="How often each input is drawn when mixed: 7,3; in turn if not given.")
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the draws of --mix.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Of the draws of --mix; 1234 if not given.")]
 AppendEod = Annotated[bool, typer.Option("--append-eod", help="End every document, or conversation, with a token.")]
 EodToken = Annotated[str | None, typer.Option("--eod-token", help="That token; the tokenizer's EOS if not given.")]
 MaxLength = Annotated[int | None, typer.Option("--seq-length", min=2, help="Leave out samples of more tokens.")]
@@ -83,7 +84,7 @@ def pretrain(
     shard: Shard = None,
     mix: Mixing = "concat",
     weights: Weights = None,
-    seed: Seed = 1234,
+    seed: Seed = None,
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -102,8 +103,12 @@ def pretrain(
             raise InputError("--split-sentences: mixes no inputs; write each on its own and mix them in the recipe")
     elif keep_newlines or language != "en":
         raise InputError("--keep-newlines and --language: are of --split-sentences alone; add it")
-    keys = _keys(map_keys) | ({} if json_key is None else {"text": json_key})
+    if json_key is not None and map_keys is not None:
+        raise InputError(f"--json-key {json_key}: beside --map-keys, which names the same key; leave one of them out")
+    keys = _keys(map_keys) if json_key is None else {"text": json_key}
     sources = find(inputs, per_line=per_line)
+    if per_line and all(source.kind != "lines" for source in sources):
+        raise InputError("--per-line: is of txt alone, and none of the inputs is one; leave it out")
     loaded = Tokenizer.load(tokenizer)
     if dtype == "uint16" and loaded.vocab_size > 1 << 16:
         raise InputError(f"--dtype uint16 holds ids below 65,536, and {tokenizer} has {loaded.vocab_size:,}; use int32")
@@ -159,7 +164,7 @@ def sft(
     shard: Shard = None,
     mix: Mixing = "concat",
     weights: Weights = None,
-    seed: Seed = 1234,
+    seed: Seed = None,
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -177,6 +182,8 @@ def sft(
     )
     if pack and seq_length is None:
         raise InputError("--pack: how long the sequences are is missing; add --seq-length")
+    if longer != "drop" and seq_length is None:
+        raise InputError(f"--longer {longer}: longer than what is missing; add --seq-length")
     if pack_window is not None and not pack:
         raise InputError("--pack-window: is of --pack alone; add it")
     plan = _plan(inputs, shard, mix, weights, seed, pack=seq_length if pack else None, window=pack_window)
@@ -199,7 +206,7 @@ def pairwise(
     shard: Shard = None,
     mix: Mixing = "concat",
     weights: Weights = None,
-    seed: Seed = 1234,
+    seed: Seed = None,
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -230,7 +237,7 @@ def prm(
     shard: Shard = None,
     mix: Mixing = "concat",
     weights: Weights = None,
-    seed: Seed = 1234,
+    seed: Seed = None,
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -337,7 +344,7 @@ def _plan(
     shard: str | None,
     mix: Mix,
     weights: str | None,
-    seed: int,
+    seed: int | None,
     *,
     pack: int | None = None,
     window: int | None = None,
@@ -353,7 +360,9 @@ def _plan(
         raise InputError(
             "--weights: inputs are drawn by weight when they are mixed; add --mix first_exhausted or all_exhausted"
         )
-    if shares is not None and (len(shares) != len(inputs) or min(shares) <= 0):
+    if seed is not None and mix == "concat":
+        raise InputError("--seed: is of the draws of --mix alone; add --mix first_exhausted or all_exhausted")
+    if shares is not None and not (len(shares) == len(inputs) and min(shares) > 0 and math.isfinite(sum(shares))):
         raise InputError(f"--weights {weights}: a number above 0 for each of the {len(inputs)} inputs is expected")
     given = re.fullmatch(r"(\d+)/(\d+)", shard or "1/1")
     number, shards = (int(given[1]), int(given[2])) if given else (0, 0)
@@ -361,7 +370,8 @@ def _plan(
         raise InputError(f"--shard {shard}: i/n is expected, with i from 1 to n, like 1/8")
     if shards > 1 and mix != "concat":
         raise InputError("--shard: shares of inputs cannot be mixed; write each input on its own and mix in the recipe")
-    return Plan(shard=(number, shards), mix=mix, weights=shares, seed=seed, pack=pack, window=window)
+    drawn = {} if seed is None else {"seed": seed}
+    return Plan(shard=(number, shards), mix=mix, weights=shares, pack=pack, window=window, **drawn)
 
 
 def _write(job: Job, output: Path, plan: Plan, *, workers: int | None, overwrite: bool, strict: bool) -> None:

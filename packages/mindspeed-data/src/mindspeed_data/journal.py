@@ -78,26 +78,26 @@ class Journal:
         if _locked(self._file):
             self._file.close()
             raise InputError(f"{path}: another run is writing this data set; wait for it, or end it")
-        self._head = json.dumps(job, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        self._head = json.dumps(job, sort_keys=True).encode() + b"\n"
         self._file.seek(0)
         found = self._file.read(len(self._head))
-        self.other = bool(found) and found != self._head  # what it holds is of another job
-        if found != self._head:
-            self.clear()
+        self.known = found == self._head  # what it holds is of this job
+        self.other = bool(found) and not self.known  # and of another one
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Begin anew, whatever it held."""
         self._cut(0)
         self._write(self._head)
+        self.known, self.other = True, False
 
     def add(self, line: Mapping[str, Any], files: Sequence[GrowingFile]) -> None:
         """Note a chunk that is written to the files."""
         marks = {file.path.name: file.mark for file in files}
-        self._write(json.dumps({**line, "files": marks}, ensure_ascii=False).encode() + b"\n")
+        self._write(json.dumps({**line, "files": marks}).encode() + b"\n")
 
     def resume(self) -> Line | None:
-        """Return the last line whose files hold, and forget those behind it; None where none does."""
-        for line, end in reversed(self._tail()):
+        """Return the last line whose files hold, and forget those behind it; None where none does, or another job wrote it."""
+        for line, end in reversed(self._tail() if self.known else []):
             if _holds(self.path.parent, line["files"]):
                 self._cut(end)
                 return line

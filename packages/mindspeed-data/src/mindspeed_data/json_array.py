@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 BLOCK = 1 << 20  # bytes that are read at once
 BOM = b"\xef\xbb\xbf"
+MARKS = re.compile(r'["\[\]{}]|\\.?', re.DOTALL)  # where texts, lists and objects begin and end; \" does not
 
 
 class ArrayError(Exception):
@@ -34,7 +36,8 @@ class Element:
 def elements(stream: BinaryIO, *, inside: bool = False, whole: bool = True, limit: int) -> Iterator[Element]:
     """Yield the elements of an array. `inside`: the stream begins behind one of them; not `whole`: it ends behind one.
 
-    ArrayError where nothing after a place can be told from the rest; an element of more than `limit` characters is one.
+    ArrayError where nothing after a place can be told from the rest. An element of more than `limit` bytes is passed over, and is never
+    held.
     """
     text = _Text(stream, bom=not inside)
     decode = json.JSONDecoder().raw_decode
@@ -62,24 +65,38 @@ def elements(stream: BinaryIO, *, inside: bool = False, whole: bool = True, limi
             try:
                 value, end = decode(text.buffer, text.at)
             except (ValueError, RecursionError) as error:
-                if _unfinished(error, text.buffer) and len(text.buffer) - text.at < limit and text.more():
-                    continue
                 line = text.line
+                if _unfinished(error, text.buffer):
+                    if len(text.buffer) - text.at <= limit:
+                        if text.more():
+                            continue
+                    elif text.pass_over():
+                        yield Element(line, text.offset, text.line - 1, None, too_long(limit))
+                        expected = "comma"
+                        continue
                 if isinstance(error, json.JSONDecodeError):
                     line += text.buffer.count("\n", text.at, error.pos)
                 raise ArrayError(line, f"not valid JSON: {reason_of(error)}") from error
             if end == len(text.buffer) and text.more():  # a number may go on
                 continue
-            line = text.line
+            line, start = text.line, text.offset
             fault = text.advance(end - text.at)
+            if text.offset - start > limit:
+                value, fault = None, too_long(limit)
             yield Element(line, text.offset, text.line - 1, value, fault)
             expected = "comma"
+
+
+def too_long(limit: int) -> str:
+    """Why a row that is longer than any row is left out."""
+    return f"longer than {limit >> 20} MiB"
 
 
 def reason_of(error: Exception) -> str:
     """Why something is not JSON, in words."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg[:1].lower()}{error.msg[1:]}, column {error.colno}"
+        what = error.msg.removesuffix(" starting at")
+        return f"{what[:1].lower()}{what[1:]}, column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
@@ -120,6 +137,26 @@ class _Text:
             if not self.more() and not self.buffer:
                 return ""
 
+    def pass_over(self) -> bool:
+        """Go behind the list, object or text that begins here; False where the stream ends before it does."""
+        depth, quoted = 0, False
+        while True:
+            end = len(self.buffer)
+            for found in MARKS.finditer(self.buffer, self.at):
+                mark = found[0]
+                if mark == "\\":  # what it escapes is not here yet
+                    end = found.start()
+                elif mark == '"':
+                    quoted = not quoted
+                elif not quoted:
+                    depth += (mark in "[{") - (mark in "]}")
+                if mark in '"]}' and not quoted and depth <= 0:
+                    self.advance(found.end() - self.at)
+                    return True
+            self.advance(end - self.at)
+            if not self.more():
+                return False
+
     def advance(self, characters: int) -> str | None:
         """Go on; return what is wrong with the bytes that were passed."""
         passed = self.buffer[self.at : self.at + characters]
@@ -129,7 +166,7 @@ class _Text:
             self.offset += len(passed.encode())
         except UnicodeEncodeError as error:
             self.offset += len(passed.encode(errors="surrogateescape"))
-            return f"not UTF-8 (byte 0x{ord(passed[error.start]) - 0xDC00:02x})"
+            return f"not UTF-8: byte 0x{ord(passed[error.start]) - 0xDC00:02x}"
         return None
 
 

@@ -6,6 +6,7 @@ A part carries its name when it is whole, and a checksum: one that a loss of pow
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def clear(folder: Path) -> None:
 def _write(folder: Path, number: int, encoded: Encoded) -> None:
     told = {"faults": encoded.faults, "lines": encoded.lines, "cut": encoded.cut, "split": encoded.split}
     path = _path(folder, number)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # a worker may outlive its killed run by this chunk
     with writing(path), open(temporary, "wb") as file:
         np.savez(
             file,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError
-from mindspeed_data.arrange import Filling, Ints, Mix, Order, interleave, pack
+from mindspeed_data.arrange import DRAWS, Filling, Mix, Order, draws, interleave, pack
 from mindspeed_data.sources import Source
 
 
@@ -35,7 +35,9 @@ class Plan:
     def described(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def order(self, lengths: Ints, sources: Sequence[Source], source_of: NDArray[np.int32]) -> Order:
+    def order(
+        self, lengths: NDArray[np.integer[Any]], sources: Sequence[Source], source_of: NDArray[np.int32]
+    ) -> Order:
         """Return where samples of these lengths go, of which each came from a source."""
         samples = np.arange(len(lengths))
         if self.mix != "concat":
@@ -47,6 +49,13 @@ class Plan:
             for part, name in names.items():
                 if not counts[part]:
                     raise InputError(f"{name}: nothing is left of it to mix with the others; leave it out")
+            if self.weights is not None and self.mix == "all_exhausted":
+                drawn, last = draws(counts, self.weights)
+                if drawn > DRAWS * sum(counts):
+                    raise InputError(
+                        f"--weights: until {names[last]} has been seen whole, about {drawn:,.4g} rows would be drawn, "
+                        f"of {sum(counts):,} there are; give it more weight, or use --mix first_exhausted"
+                    )
             samples = interleave(counts, self.weights, self.mix, self.seed)
         return Order(samples) if self.pack is None else pack(lengths, samples, self.pack, self.window)
 

@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from mindspeed_data.pool import Pool
 from mindspeed_data.readers import Chunk, Fault, Row, Rows
 from mindspeed_data.sentences import SentenceJob
 from mindspeed_data.sidecar import LEFT_OUT, ORIGIN, Sidecar
-from mindspeed_data.sources import Source
+from mindspeed_data.sources import Source, changed, check_name, stamps
 from mindspeed_data.tokenize import Encoded, EncoderError, Job, TextJob, encoders_agree
 
 NAMED = 10  # rows left out that are named one by one on the terminal
@@ -58,6 +58,7 @@ class Outcome:
     sequences: int = 0  # where samples share them, or are several
     left_out: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)  # the first rows left out, with their places
+    unused: list[str] = field(default_factory=list)  # files of which nothing was kept, and why
 
     def told(self) -> dict[str, Any]:
         """For the journal."""
@@ -84,6 +85,8 @@ def run(
 ) -> Outcome:
     """Write the data set of a job; nothing carries its name before it is whole. `strict`: the first bad row ends it."""
     plan = plan or Plan()
+    for path in (output, job.tokenizer.folder):
+        check_name(path)
     _make_room(output)
     started = time.monotonic()
     current = _Run(job, output, plan, overwrite=overwrite, strict=strict)
@@ -94,7 +97,7 @@ def run(
         if kept and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"after {kept:,} samples; the same command goes on from there") from None
         raise
-    _report(job, output, plan, outcome, time.monotonic() - started, current.workers)
+    _report(job, output, plan, outcome, time.monotonic() - started, current)
     return outcome
 
 
@@ -115,7 +118,8 @@ class _Run:
         self.overwrite, self.strict = overwrite, strict
         if not self._beside(".journal.tmp").exists():
             self._check_taken()
-        self.journal = Journal(self._beside(".journal.tmp"), _identity(job, plan))
+        self.stamps = stamps(job.sources)
+        self.journal = Journal(self._beside(".journal.tmp"), _identity(job, plan, self.stamps))
         self.parts = self._beside(".parts.tmp")
         self.writers: dict[str, IndexedWriter] = {}
         self.left_out: GrowingFile | None = None
@@ -123,19 +127,28 @@ class _Run:
         self.outcome = Outcome()
         self.kept = 0  # samples that the journal knows of
         self.workers = 1
+        self.read = 0  # bytes of the input that this run has read
 
     def finish(self, workers: int | None) -> Outcome:
         """Do what is left of it."""
-        if self.journal.other:
-            console.print(f"{self.journal.path}: what another command left unfinished is replaced")
+        fast = None
+        if not self.journal.known:
+            self._check_taken()
+            fast = _look(self.job)  # what another command left is lost only where this one can do its work
+            if self.journal.other:
+                console.print(f"{self.journal.path}: what another command left unfinished is replaced")
+            parts.clear(self.parts)
         line = self.journal.resume()
+        if line is not None:
+            self.kept = line["outcome"]["kept"]
+            if self.strict and line["outcome"]["named"]:
+                raise InputError(line["outcome"]["named"][0])
         if line is not None and "moves" in line:  # it ended while files got their names
             self._publish(line["moves"])
             return Outcome.of(line)
-        self.kept = 0 if line is None else line["outcome"]["kept"]
         self._check_taken()
         if line is None:
-            self.job = dataclasses.replace(self.job, fast=_look(self.job))
+            self.job = dataclasses.replace(self.job, fast=_look(self.job) if fast is None else fast)
         else:
             self.job = dataclasses.replace(self.job, fast=line["fast"])
             console.print(f"going on behind the {line['outcome']['kept']:,} samples of an earlier run")
@@ -144,12 +157,17 @@ class _Run:
         except EncoderError:
             console.print("the fast encoder disagrees on a text of this run: once more without it")
             self.job = dataclasses.replace(self.job, fast=False)
+            parts.clear(self.parts)
             self.journal.clear()
             self._encode(None, workers)
         writers = self._arrange() if self.plan.arranges else list(self.writers.values())
         for writer in writers:
             writer.finish()
-        self._publish(self._described(writers))
+        moves = self._described(writers)
+        if (other := self._changed()) is not None:
+            raise changed(other)
+        self.journal.add({"moves": moves, "outcome": self.outcome.told()}, [])
+        self._publish(moves)
         return self.outcome
 
     def end(self) -> int:
@@ -158,7 +176,9 @@ class _Run:
             writer.close()
         if self.left_out is not None:
             self.left_out.close()
-        if self.kept:
+        with suppress(OSError):  # a file that vanished may come back as it was
+            self.kept = 0 if self._changed() else self.kept
+        if self.kept or self.journal.other:
             self.journal.close()
         else:
             self._clear()
@@ -169,6 +189,12 @@ class _Run:
         taken = [path for name in names if (path := path_of(self.output, name)).exists()]
         if taken and not self.overwrite:
             raise InputError(f"{taken[0]}: exists already; choose another --output, or replace it with --overwrite")
+
+    def _changed(self) -> Source | None:
+        """The first file of the input that is no longer what it was when the run began."""
+        now = stamps(self.job.sources)
+        known = zip(self.job.sources, self.stamps, now, strict=True)
+        return next((source for source, *found in known if found[0] != found[1] or found[1][0] != source.size), None)
 
     def _beside(self, suffix: str) -> Path:
         return path_of(self.output, f"{self.job.beside}{suffix}")
@@ -191,10 +217,11 @@ class _Run:
         self.left_out = GrowingFile(path, size=sizes.get(path.name, 0))
         growing = [file for writer in self.writers.values() for file in writer.growing] + [self.left_out]
 
-        job, total = self.job, sum(source.size for source in self.job.sources)
+        job, done = self.job, 0 if line is None else line["read"]
+        self.read = total = max(0, readers.share(job.sources, self.plan.shard) - done)
         self.workers = _workers(job, workers)
         unit, scale = ("MB", 1_000_000) if total >= 10_000_000 else ("KB", 1_000)
-        done = 0 if line is None else line["read"]
+        before = done
         places = _Places(job.sources, line)
         with (
             progress(round(total / scale), "tokenizing", unit=unit) as bar,
@@ -223,17 +250,40 @@ class _Run:
                 self.kept = self.outcome.kept
                 parts.remove(self.parts, number)
                 text = f"{self.outcome.kept:,} samples, {self.outcome.tokens:,} tokens"
-                bar.advance(round(done / scale) - bar.done, text)
+                bar.advance(min(round((done - before) / scale), round(total / scale)) - bar.done, text)
+            bar.advance(round(total / scale) - bar.done)  # how far reading is ahead in what is compressed varies
+        self.outcome.unused = self._unused()
         if not self.outcome.kept and self.plan.shard == (1, 1):  # a shard may be empty, and the whole is not
-            raise InputError("\n".join(["nothing is left of the input", *_left_out(self.outcome)]))
+            raise InputError(
+                "\n".join(["nothing is left of the input", *_left_out(self.outcome), *self.outcome.unused])
+            )
+
+    def _unused(self) -> list[str]:
+        """The files of rows of which nothing was kept, and why: the keys were looked for in the first row alone."""
+        assert self.left_out is not None
+        kept: set[int] = set()
+        for block in arrange.blocks(path_of(self.writers[ORIGIN].prefix, ".bin.tmp"), self.writers[ORIGIN].dtype):
+            kept.update(np.unique(block[::2]).tolist())
+        files = [s for i, s in enumerate(self.job.sources) if i not in kept and s.size and s.kind != "text"]
+        reasons = {str(source.path): Counter[str]() for source in files}
+        if reasons:
+            with open(self.left_out.path, encoding="utf-8") as file:
+                for row in map(json.loads, file):
+                    if row["file"] in reasons:
+                        reasons[row["file"]][_kind(row["reason"])] += 1
+        told = [
+            f"{path}: nothing of it was kept: {_counted(found)}" if found else f"{path}: holds no rows; leave it out"
+            for path, found in reasons.items()
+            if found or self.plan.shard == (1, 1)  # of another shard otherwise
+        ]
+        more = len(told) - NAMED
+        return [*told[:NAMED], *([f"and nothing of {more:,} more files"] if more > 0 else [])]
 
     def _results(self, line: Line | None, workers: int) -> Generator[tuple[int, Chunk, Encoded], None, None]:
         """The chunks behind a line of the journal, without their data, and what became of each."""
         first, after = (0, (0, 0)) if line is None else (line["chunk"] + 1, tuple(line["after"]))
         columns = self.job.keys.values()
         chunks = readers.chunks(self.job.sources, columns=columns, after=after, shard=self.plan.shard)
-        if line is None:
-            parts.clear(self.parts)
         if workers == 1:
             work = self.job.start()
             for number, chunk in enumerate(chunks, first):
@@ -245,7 +295,8 @@ class _Run:
             for _ in pool.map(_noted(enumerate(chunks, first), sent)):
                 number, chunk = sent.popleft()
                 encoded = parts.read(self.parts, number)
-                assert encoded is not None, "a worker has just written it"
+                if encoded is None:  # a worker has just written it
+                    raise InputError(f"{self.parts}: what a worker has left there is gone or damaged; run again")
                 yield number, chunk, encoded
 
     # ----------------------------------------------------------------------------------------------- second pass
@@ -256,7 +307,12 @@ class _Run:
             writer.close()
             staged[name] = arrange.Staged(writer.prefix, writer.dtype)
         first = staged[next(iter(self.job.outputs))]
-        order = self.plan.order(first.lengths, self.job.sources, staged[ORIGIN].ids[::2])
+        source_of = np.concatenate([np.empty(0, np.int32), *(block[::2] for block in staged[ORIGIN].blocks())])
+        try:
+            order = self.plan.order(first.lengths, self.job.sources, source_of)
+        except InputError:
+            self.kept = 0  # a command that could succeed goes on with nothing of this one
+            raise
         filling = self.plan.filling(self.job.tokenizer.padding)
         self.arranged = {
             name: IndexedWriter(path_of(self.output, suffix), dtype) for name, suffix, dtype in self._files()
@@ -270,9 +326,10 @@ class _Run:
         self.outcome.tokens = sum(int(each.sum(dtype=np.int64)) for each in sizes)
         self.outcome.longest = max(int(each.max(initial=0)) for each in sizes)
         self.outcome.learned = sum(
-            _learned(arrange.Staged(writer.prefix, writer.dtype).ids)
+            _learned(block)
             for name, writer in self.arranged.items()
             if name.endswith("labels")
+            for block in arrange.Staged(writer.prefix, writer.dtype).blocks()
         )
         return list(self.arranged.values())
 
@@ -286,14 +343,12 @@ class _Run:
         if self.left_out.size:
             files[self._beside(LEFT_OUT).name] = self.left_out.mark
         temporary = self._beside(".meta.json.tmp")
-        with writing(temporary), open(temporary, "w") as file:
+        with writing(temporary), open(temporary, "w", encoding="utf-8", errors="replace") as file:
             file.write(_sidecar(self.job, self.plan, self.outcome, files).text())
             file.flush()
             os.fsync(file.fileno())
         finals = [self._beside(".meta.json").name, *sorted(files, key=lambda name: name.endswith(".idx"))]
-        moves = [(f"{final}.tmp", final) for final in finals]
-        self.journal.add({"moves": moves, "outcome": self.outcome.told()}, [])
-        return moves
+        return [(f"{final}.tmp", final) for final in finals]
 
     def _publish(self, moves: Sequence[Sequence[str]]) -> None:
         """Give the files their names and remove all that was under way."""
@@ -321,9 +376,12 @@ def _files_of(folder: Path) -> list[tuple[str, int, int]]:
     return [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in found]
 
 
-def _identity(job: Job, plan: Plan) -> dict[str, Any]:
+def _identity(job: Job, plan: Plan, stamped: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """What two runs must have in common for one to go on with what the other has done."""
-    sources = [(str(s.path.absolute()), s.kind, s.size, s.path.stat().st_mtime_ns, s.part) for s in job.sources]
+    sources = [
+        (str(s.path.absolute()), s.kind, size, written, s.part)
+        for s, (size, written) in zip(job.sources, stamped, strict=True)
+    ]
     return {
         "version": __version__,
         "job": type(job).__name__,
@@ -413,7 +471,7 @@ class _Places:
         for fault in encoded.faults:
             path = str(self.sources[chunk.pieces[fault.piece].source].path)
             line = fault.line + starts[fault.piece]
-            outcome.left_out[fault.reason.split(":")[0]] += 1
+            outcome.left_out[_kind(fault.reason)] += 1
             told.append(json.dumps({"file": path, "line": line, "reason": fault.reason}, ensure_ascii=False) + "\n")
             if len(outcome.named) < NAMED:
                 outcome.named.append(f"{path}{f':{line}' if line else ''}: {fault.reason}")
@@ -462,12 +520,13 @@ def _sidecar(job: Job, plan: Plan, outcome: Outcome, files: dict[str, Mark]) -> 
     )
 
 
-def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float, workers: int) -> None:
-    size = sum(source.size for source in job.sources) / 1e6
+def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float, run: _Run) -> None:
+    size, read = sum(source.size for source in job.sources) / 1e6, run.read / 1e6
+    part = f"{read:,.1f} of " if run.read < sum(source.size for source in job.sources) else ""
     files = f"{len(job.sources)} file{'s' if len(job.sources) > 1 else ''}"
     console.print(
-        f"{files}, {size:,.1f} MB: {outcome.kept:,} samples, {outcome.tokens:,} tokens in {seconds:.1f} s "
-        f"({size / seconds:,.1f} MB/s{f', {workers} workers' if workers > 1 else ''})"
+        f"{files}, {part}{size:,.1f} MB: {outcome.kept:,} samples, {outcome.tokens:,} tokens in {seconds:.1f} s "
+        f"({read / seconds:,.1f} MB/s{f', {run.workers} workers' if run.workers > 1 else ''})"
     )
     if not isinstance(job, TextJob):
         share = outcome.learned / max(outcome.tokens, 1)
@@ -482,6 +541,8 @@ def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float
         console.print(line)
     if sum(outcome.left_out.values()) > NAMED:
         console.print(f"  all of them: {path_of(output, f'{job.beside}{LEFT_OUT}')}")
+    for line in outcome.unused:
+        console.print(line)
     if plan.pack is not None:
         share = outcome.tokens / max(outcome.sequences * plan.pack, 1)
         console.print(f"packed: {outcome.sequences:,} sequences of {plan.pack:,}, {share:.2%} of them filled")
@@ -492,9 +553,19 @@ def _report(job: Job, output: Path, plan: Plan, outcome: Outcome, seconds: float
 
 def _left_out(outcome: Outcome) -> list[str]:
     """The rows that were left out: how many of each reason, and the first ones with their places."""
-    total = sum(outcome.left_out.values())
-    if not total:
-        return []
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in outcome.left_out.most_common())
-    more = [f"  and {total - NAMED:,} more"] if total > NAMED else []
-    return [f"left out {total:,} row{'s' if total > 1 else ''}: {reasons}", *(f"  {n}" for n in outcome.named), *more]
+    told, total = [], sum(outcome.left_out.values())
+    if total:
+        told += [f"left out {total:,} row{'s' if total > 1 else ''}: {_counted(outcome.left_out)}"]
+        told += [f"  {name}" for name in outcome.named]
+    if total > NAMED:
+        told.append(f"  and {total - NAMED:,} more")
+    return told
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+
+
+def _kind(reason: str) -> str:
+    """A reason without its details, which stand behind a colon."""
+    return reason.split(":")[0]

@@ -18,6 +18,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import mmap
+import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -27,8 +30,8 @@ import numpy as np
 import orjson
 
 from mindspeed_core.errors import InputError
-from mindspeed_data.json_array import BOM, ArrayError, elements, reason_of
-from mindspeed_data.sources import Source, opened
+from mindspeed_data.json_array import BOM, ArrayError, elements, reason_of, too_long
+from mindspeed_data.sources import Source, changed, opened
 
 CHUNK = 4 << 20  # bytes of uncompressed input per chunk
 ROW_LIMIT = 64 << 20  # bytes; what is longer is no row but another kind of file
@@ -120,6 +123,20 @@ def chunks(
         yield Chunk(tuple(pieces), consumed)
 
 
+def share(sources: Sequence[Source], shard: tuple[int, int]) -> int:
+    """Return how many bytes of the input, as it lies on the disk, a shard reads: to about a chunk."""
+    total, (number, shards) = sum(source.size for source in sources), shard
+    low, high = (total * (number - 1) // shards, total * number // shards)
+    read = begin = 0
+    for source in sources:
+        if source.compression is not None or source.kind == "text":  # whole, where it begins
+            read += source.size if low <= begin < high else 0
+        else:
+            read += max(0, min(begin + source.size, high) - max(begin, low))
+        begin += source.size
+    return read
+
+
 def _newlines(data: bytes) -> int:
     """`data.count(b"\\n")`, several times faster."""
     return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
@@ -130,7 +147,10 @@ def _bytes(source: Source, piece: Piece) -> bytes:
         return piece.data
     with open(source.path, "rb") as file:
         file.seek(piece.start)
-        return file.read(piece.stop - piece.start)
+        data = file.read(piece.stop - piece.start)
+    if len(data) < piece.stop - piece.start:
+        raise changed(source)
+    return data
 
 
 # ------------------------------------------------------------------------------------------- from the bytes of a piece
@@ -194,7 +214,7 @@ def _csv(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
     reader = _csv_reader(lines)
     while True:
         line = reader.line_num + 1
-        lines.fault = None
+        lines.begin_row()
         values = next(reader, None)
         if values is None:
             return
@@ -203,7 +223,7 @@ def _csv(data: bytes, piece: Piece) -> Iterator[tuple[int, Record | str]]:
         elif len(values) == len(piece.columns):
             yield line, dict(zip(piece.columns, values, strict=True))
         elif values:
-            yield line, f"{len(values)} fields under {len(piece.columns)} columns"
+            yield line, f"other fields than the columns: {len(values)} under {len(piece.columns)}"
 
 
 def _table(data: bytes, _: Piece) -> Iterator[tuple[int, Record | str]]:
@@ -235,26 +255,43 @@ DECODERS: dict[str, Callable[[bytes, Piece], Iterator[tuple[int, Record | str]]]
 
 
 def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 (byte 0x{data[error.start]:02x})"
+    return f"not UTF-8: byte 0x{data[error.start]:02x}"
+
+
+NO_MARKS = re.compile(rb'[^",\r\n]+')
 
 
 class _CountedLines:
-    """The lines of a csv for its reader: how many bytes they had, and what is wrong with them."""
+    """The lines of a csv for its reader: how many bytes they had, and what is wrong with them.
+
+    Of what is longer than any row only the marks are kept that say where its fields, and with them the row, end."""
 
     def __init__(self, stream: BinaryIO, *, bom: bool) -> None:
         self._stream, self._bom = stream, bom
         self.offset = 0
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        """What comes next is of another row."""
+        self.start = self.offset
         self.fault: str | None = None
 
     def __iter__(self) -> _CountedLines:
         return self
 
     def __next__(self) -> str:
-        line = self._stream.readline(ROW_LIMIT)
+        line = self._stream.readline(ROW_LIMIT + 1)
         if not line:
             raise StopIteration
-        self.offset += len(line)
-        if self._bom and self.offset == len(line):
+        first, self.offset = self.offset == 0, self.offset + len(line)
+        if self.offset - self.start > ROW_LIMIT:
+            marks = [NO_MARKS.sub(b"x", line)]
+            while not line.endswith(b"\n") and (line := self._stream.readline(BLOCK)):
+                self.offset += len(line)
+                marks.append(NO_MARKS.sub(b"x", line))
+            self.fault = too_long(ROW_LIMIT)
+            return b"".join(marks).decode()
+        if self._bom and first:
             line = line.removeprefix(BOM)
         try:
             return line.decode()
@@ -264,7 +301,7 @@ class _CountedLines:
 
 
 def _csv_reader(lines: _CountedLines) -> Any:
-    csv.field_size_limit(ROW_LIMIT)
+    csv.field_size_limit(sys.maxsize)  # what is too long is told by its lines, and left out alone
     return csv.reader(lines, strict=True)
 
 
@@ -299,9 +336,7 @@ def _cut(index: int, source: Source, columns: Collection[str] | None) -> Iterato
 
     Of a compressed file all begin at 0: how far reading is ahead of them differs from version to version."""
     if source.kind in TABLES:
-        for piece, size, rows in _tables(index, source, columns):
-            at, end = (source.size * row // max(rows, 1) for row in (piece.start, piece.stop))
-            yield piece, size, end - at, at
+        yield from _tables(index, source, columns)
     elif source.compression is None and source.kind in ("text", "lines", "jsonl"):
         cuts = _whole if source.kind == "text" else _ranges
         for piece in cuts(index, source):
@@ -355,7 +390,7 @@ def _ranges(index: int, source: Source) -> Iterator[Piece]:
 
 
 def _too_long(size: int, hint: str = "") -> str | None:
-    return f"longer than {ROW_LIMIT >> 20} MiB{hint}" if size > ROW_LIMIT else None
+    return f"{too_long(ROW_LIMIT)}{hint}" if size > ROW_LIMIT else None
 
 
 def _document_stream(index: int, _: Source, stream: BinaryIO) -> Iterator[Piece]:
@@ -389,6 +424,14 @@ def _array_stream(index: int, source: Source, stream: BinaryIO) -> Iterator[Piec
     start = stop = lines = line = 0
     try:
         for element in elements(kept, limit=ROW_LIMIT):  # pyrefly: ignore  # all that it asks for is `read`
+            if element.fault == too_long(ROW_LIMIT):
+                if stop > start:
+                    yield Piece(index, start, stop, line, kept.take(stop - start))
+                yield Piece(index, stop, element.stop, element.line - 1, fault=element.fault)
+                kept.take(element.stop - stop)
+                start = stop = element.stop
+                line = lines = element.lines
+                continue
             stop, lines = element.stop, element.lines
             if stop - start >= CHUNK:
                 yield Piece(index, start, stop, line, kept.take(stop - start))
@@ -405,14 +448,29 @@ def _csv_stream(index: int, source: Source, stream: BinaryIO) -> Iterator[Piece]
     reader = _csv_reader(lines)
     try:
         columns = tuple(next(reader, []))
+        if lines.fault is not None:
+            raise InputError(
+                f"{source.path}:1: the line that names the columns is {lines.fault}; write the file as UTF-8"
+            )
+        if any("\0" in column for column in columns):
+            raise InputError(f"{source.path}:1: not UTF-8: it holds NULs, as UTF-16 does; write the file as UTF-8")
         if len(set(columns)) != len(columns) or not any(columns):
             raise InputError(f"{source.path}:1: the first line must name the columns, each once")
         start, line = lines.offset, reader.line_num
         kept.take(start)
+        lines.begin_row()
+        before = line
         for _ in reader:
-            if lines.offset - start >= CHUNK:
-                yield Piece(index, start, lines.offset, line, kept.take(lines.offset - start), columns)
+            stop = lines.start if lines.fault == too_long(ROW_LIMIT) else lines.offset
+            if stop > start and (stop - start >= CHUNK or stop < lines.offset):
+                yield Piece(index, start, stop, line, kept.take(stop - start), columns)
+                start, line = stop, before if stop < lines.offset else reader.line_num
+            if stop < lines.offset:
+                yield Piece(index, stop, lines.offset, line, fault=lines.fault)
+                kept.take(lines.offset - stop)
                 start, line = lines.offset, reader.line_num
+            lines.begin_row()
+            before = reader.line_num
     except csv.Error as error:
         raise InputError(f"{source.path}:{reader.line_num}: not valid CSV: {error}") from error
     if lines.offset > start:
@@ -455,24 +513,30 @@ class _Kept:
         return data
 
 
-def _tables(index: int, source: Source, columns: Collection[str] | None) -> Iterator[tuple[Piece, int, int]]:
-    """Rows of a table of about CHUNK bytes, as Arrow writes them; with each its bytes and the rows of the table."""
+def _tables(index: int, source: Source, columns: Collection[str] | None) -> Iterator[tuple[Piece, int, int, int]]:
+    """Rows of a table of about CHUNK bytes, as Arrow writes them; with each piece what `_cut` says of it."""
     import pyarrow
 
     try:
-        total, batches = (_parquet if source.kind == "parquet" else _arrow)(source, columns)
-        row = 0
-        for batch in batches:
+        row = begin = 0
+        batches, release = (_parquet if source.kind == "parquet" else _arrow)(source, columns)
+        for batch, end in batches:
             _validate(batch)
-            height = max(1, batch.num_rows * CHUNK // max(batch.nbytes, 1))
-            for start in range(0, batch.num_rows, height):
-                part = batch.slice(start, height)
-                sink = pyarrow.BufferOutputStream()
-                with pyarrow.ipc.new_stream(sink, part.schema) as writer:
-                    writer.write_batch(part)
-                data = sink.getvalue().to_pybytes()
-                yield Piece(index, row, row + part.num_rows, row, data), len(data), total
-                row += part.num_rows
+            first = row
+            for part in _parts(batch):
+                _validate(part, full=True)
+                fault, data = _too_long(part.nbytes), b""
+                if fault is None:
+                    sink = pyarrow.BufferOutputStream()
+                    with pyarrow.ipc.new_stream(sink, part.schema) as writer:
+                        writer.write_batch(part)
+                    data = sink.getvalue().to_pybytes()
+                stop = row + part.num_rows
+                at, to = (begin + (end - begin) * (r - first) // batch.num_rows for r in (row, stop))
+                yield Piece(index, row, stop, row, None if fault else data, fault=fault), len(data), to - at, at
+                row = stop
+                release()
+            begin = end
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a damaged name
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -480,43 +544,77 @@ def _tables(index: int, source: Source, columns: Collection[str] | None) -> Iter
         raise InputError(f"{source.path}: not a readable {source.kind} file: {reason}") from error
 
 
-def _validate(batch: Any) -> None:
-    """Refuse a table whose buffers contradict each other: Arrow itself would read past their ends."""
+def _parts(batch: Any) -> Iterator[Any]:
+    """Rows of about CHUNK bytes; a row that is too long alone."""
+    height = max(1, batch.num_rows * CHUNK // max(batch.nbytes, 1))
+    left = [batch.slice(start, height) for start in reversed(range(0, batch.num_rows, height))]
+    while left:
+        part = left.pop()
+        half = part.num_rows // 2
+        if half and part.nbytes > ROW_LIMIT:
+            left += [part.slice(half), part.slice(0, half)]
+        else:
+            yield part
+
+
+def _validate(batch: Any, *, full: bool = False) -> None:
+    """Refuse a table whose buffers contradict each other: Arrow itself would read past their ends. `full` looks at every value."""
     import pyarrow
 
     for column in batch.columns:
         try:
-            column.validate(full=True)
+            column.validate(full=full)
         except pyarrow.ArrowInvalid as error:
             text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
             if not (text and "UTF8" in str(error)):  # that one is told of the row
                 raise
 
 
-def _parquet(source: Source, columns: Collection[str] | None) -> tuple[int, Iterator[Any]]:
-    """How many rows there are, and batches of them."""
+Batches = Iterator[tuple[Any, int]]  # of rows, and how much of the file they and those before them make up
+
+
+def _parquet(source: Source, columns: Collection[str] | None) -> tuple[Batches, Callable[[], object]]:
+    """The batches of a file, and what lets go of the memory of those that were used."""
     from pyarrow import parquet
 
     # Without these two a whole row group would be held.
     file = parquet.ParquetFile(source.path, pre_buffer=False, buffer_size=BLOCK)
-    return file.metadata.num_rows, file.iter_batches(1000, columns=_wanted(file.schema_arrow.names, columns))
+    total, wanted = file.metadata.num_rows, _wanted(file.schema_arrow.names, columns)
+
+    def batches() -> Batches:
+        rows = 0
+        for batch in file.iter_batches(1000, columns=wanted):
+            rows += batch.num_rows
+            yield batch, source.size * rows // total
+
+    return batches(), lambda: None
 
 
-def _arrow(source: Source, columns: Collection[str] | None) -> tuple[int, Iterator[Any]]:
+def _arrow(source: Source, columns: Collection[str] | None) -> tuple[Batches, Callable[[], object]]:
     """The same of either of Arrow's formats: the one that ends with an index, and the stream that `datasets` writes."""
     import pyarrow
 
-    file = pyarrow.memory_map(str(source.path))
-    if file.read(6) == b"ARROW1":
-        reader = pyarrow.ipc.open_file(file)
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]  # maps: nothing is read yet
+    with open(source.path, "rb") as file:  # it stays a map: one batch may be as large as all of it
+        if not file.read(1):
+            raise changed(source)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    stream = pyarrow.BufferReader(pyarrow.py_buffer(mapped))
+    if mapped[:6] == b"ARROW1":
+        reader = pyarrow.ipc.open_file(stream)
+        count = reader.num_record_batches
+        batches = ((reader.get_batch(i), source.size * (i + 1) // count) for i in range(count))
     else:
-        file.seek(0)
-        reader = pyarrow.ipc.open_stream(file)
-        batches = list(reader)
+        reader = pyarrow.ipc.open_stream(stream)
+        batches = ((batch, stream.tell()) for batch in reader)
     wanted = _wanted(reader.schema.names, columns)
-    chosen = (batch if wanted is None else batch.select(wanted) for batch in batches)
-    return sum(batch.num_rows for batch in batches), chosen
+    chosen = ((batch if wanted is None else batch.select(wanted), end) for batch, end in batches)
+
+    def release() -> None:
+        if mapped.size() < source.size:  # a look behind the new end would kill us
+            raise changed(source)
+        mapped.madvise(mmap.MADV_DONTNEED)  # pages that were looked at count as memory until told otherwise
+
+    return chosen, release
 
 
 def _wanted(names: Sequence[str], columns: Collection[str] | None) -> list[str] | None:

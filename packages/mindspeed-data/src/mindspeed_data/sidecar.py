@@ -23,6 +23,7 @@ PAIRWISE = {
 }
 ORIGIN = ".origin"  # beside the ids: the number of the input and the line of every sample
 LEFT_OUT = ".left_out.jsonl"  # beside the ids: every row that is not in the data, with file, line and reason
+DESCRIPTION = ".meta.json"
 SCANNED = 4_000_000  # ids that are looked at where no sidecar names the tokenizer
 LOOKED_AT = 64  # masks that are looked at where no sidecar says whether sequences are packed
 

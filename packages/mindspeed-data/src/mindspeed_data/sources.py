@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import io
 import json
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from mindspeed_core.errors import InputError
+from mindspeed_data.sidecar import DESCRIPTION, LEFT_OUT, ORIGIN
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -38,6 +41,7 @@ def find(inputs: Sequence[str | Path], *, per_line: bool = False) -> list[Source
     for part, given in enumerate(map(Path, inputs)):
         try:
             for path in _files(given):
+                check_name(path)
                 kind, compression = _kind(path, per_line=per_line)
                 sources.append(Source(path, kind, path.stat().st_size, part, compression))
         except InputError as error:
@@ -47,6 +51,25 @@ def find(inputs: Sequence[str | Path], *, per_line: bool = False) -> list[Source
     if all(source.size == 0 for source in sources):
         raise InputError("\n".join(f"{source.path}: this file is empty" for source in sources[:10]))
     return sources
+
+
+def check_name(path: Path) -> None:
+    """Refuse a name that the description of the data could not tell."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        told = os.fsencode(path).decode(errors="backslashreplace")
+        raise InputError(f"{told}: this name is not UTF-8; rename it, or choose another") from error
+
+
+def stamps(sources: Sequence[Source]) -> list[tuple[int, int]]:
+    """Return what tells of every file that it has changed: its size and when it was written."""
+    return [((stat := source.path.stat()).st_size, stat.st_mtime_ns) for source in sources]
+
+
+def changed(source: Source) -> InputError:
+    """Return what to say of a file that was written to while it was read."""
+    return InputError(f"{source.path}: changed while it was read; run again when nothing writes to it any more")
 
 
 @contextmanager
@@ -72,9 +95,7 @@ def _files(given: Path) -> list[Path]:
     """The files that a name on the command line stands for."""
     if given.is_dir():
         saved = _saved(given)
-        found = sorted(given.rglob("*")) if saved is None else saved
-        if saved is None:
-            found = [path for path in found if path.is_file() and _known(path) and not _hidden(path, given)]
+        found = sorted(path for path in _walk(given) if _known(path) and not _ours(path)) if saved is None else saved
         if not found:
             raise InputError(f"{given}: this folder holds no {KNOWN} file")
         return found
@@ -83,11 +104,49 @@ def _files(given: Path) -> list[Path]:
             raise InputError(f"{given}: the name does not tell a format that is read; known are {KNOWN}")
         return [given]
     if glob.has_magic(str(given)):
-        matches = sorted(path for path in map(Path, glob.glob(str(given), recursive=True)) if not path.is_dir())
+        matches = sorted(path for path in _matches(given) if not path.is_dir() and not _ours(path))
         if not matches:
             raise InputError(f"{given}: no file matches this pattern")
         return [file for match in matches for file in _files(match)]
     raise InputError(f"{given}: no such file or folder")
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """What a pattern stands for. `**` is walked by us: glob goes round in loops of links, for ages where there are two."""
+    if pattern.parts.count("**") != 1:
+        yield from map(Path, glob.glob(str(pattern), recursive=True))
+        return
+    at = pattern.parts.index("**")
+    tail = Path(*pattern.parts[at + 1 :] or "*")
+    for folder in filter(Path.is_dir, map(Path, glob.glob(str(Path(*pattern.parts[:at]))))):
+        yield from (path for path in _walk(folder) if path.relative_to(folder).match(str(tail)))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files below a folder but hidden ones. A folder that links lead to as well is read once: so loops end."""
+    seen: set[tuple[int, int]] = set()
+    folders, links = deque([folder]), deque[Path]()  # a link goes last: a folder keeps its own name
+    while folders or links:
+        place = folders.popleft() if folders else links.popleft()
+        stat = place.stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        for path in sorted(place.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif path.is_file():
+                yield path
+
+
+def _ours(path: Path) -> bool:
+    """True for what stands beside the ids of a data set of ours: its rows have been read already."""
+    described = path.name.removesuffix(DESCRIPTION)
+    return path.name.endswith((LEFT_OUT, ".tmp")) or (
+        described != path.name and path.with_name(f"{described}{ORIGIN}.bin").exists()
+    )
 
 
 def _saved(folder: Path) -> list[Path] | None:
@@ -122,10 +181,6 @@ def _suffixes(path: Path) -> tuple[str, str | None]:
 def _known(path: Path) -> bool:
     suffix, compression = _suffixes(path)
     return suffix in (KINDS if compression is None else COMPRESSIBLE)
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _kind(path: Path, *, per_line: bool) -> tuple[str, str | None]:
