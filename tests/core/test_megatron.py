@@ -74,6 +74,18 @@ print(random.__file__)
     assert list(tmp_path.glob("mindspeed/megatron/*.bin"))
 
 
+def test_code_says_the_file_it_is_of_also_where_another_copy_was_rewritten_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = [tmp_path / folder / "module.py" for folder in ("one", "other")]
+    for file in (*files, *files):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("x = 'cuda'\n")
+        code = megatron._Loader("module", str(file), "cpu", {}).get_code("module")
+        assert code.co_filename == str(file)
+
+
 def test_a_home_that_cannot_be_written_to_is_only_slower(tmp_path: Path):
     (tmp_path / "file").touch()
     code = (
