@@ -320,7 +320,16 @@ def compare(arguments: argparse.Namespace, corpus: Path) -> str:
         ]
         rates = " | ".join(f"{documents / s:,.0f}, {size / s / 1e6:,.1f}" for s in seconds)
         lines.append(f"| {name} | {rates} | {', '.join(f'{ratio:,.2f}' for ratio in ratios)} |")
+    own = "mindspeed-data without its start"
+    alone = [name for name in chosen if SIDES[name][0] in (bare, bare_file)]
+    if own in chosen and alone:
+        told = ", ".join(f"{_ratio(runs[name], runs[own]):.2f} of {name}" for name in alone)
+        lines += ["", f"Rows of the file to hashed files of ids, in seconds of the processor, cold: at {told}."]
     return "\n".join(lines)
+
+
+def _ratio(theirs: list[dict[str, Any]], mine: list[dict[str, Any]]) -> float:
+    return statistics.median(their["cold cpu"] / my["cold cpu"] for my, their in zip(mine, theirs, strict=True))
 
 
 if __name__ == "__main__":

@@ -98,10 +98,17 @@ def test_a_patience_that_no_run_can_keep_is_refused(where: Path, tmp_path: Path)
     [
         ("tp=2", runs.SIZES, r"all_reduce of tp \(ranks 0, 1\) at \w+\.py:\d+"),
         ("pp=2", runs.SIZES, r"(send|recv) of pp \(ranks 0, 1\) at p2p_communication\.py:\d+"),
-        ("pp=2 vpp=2", models.LLAMA, r"(send|recv) of pp \(ranks 0, 1\) at schedules\.py:\d+"),
+        pytest.param(
+            "pp=2 vpp=2",
+            models.LLAMA,
+            r"(send|recv) of pp \(ranks 0, 1\) at schedules\.py:\d+",
+            marks=pytest.mark.slow,
+        ),
         ("dp=2", runs.SIZES, r"all_reduce of dp x cp \(ranks 0, 1\) at \w+\.py:\d+"),
         ("cp=2", runs.SIZES, r"(send|recv) of cp \(ranks 0, 1\) at ring_attention\.py:\d+"),
-        ("dp=2 ep=2", models.EXPERTS, r"all_to_all of ep \(ranks 0, 1\) at expert\.py:\d+"),
+        pytest.param(
+            "dp=2 ep=2", models.EXPERTS, r"all_to_all of ep \(ranks 0, 1\) at expert\.py:\d+", marks=pytest.mark.slow
+        ),
     ],
     ids=["tp", "pp", "vpp", "dp", "cp", "ep"],
 )
