@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mindspeed_core.errors import InputError
 from mindspeed_data.batches import batches, pad
-from mindspeed_data.blend import blend, check_weights
-from mindspeed_data.pretrain import BlendedSamples
+from mindspeed_data.blend import blend
+from mindspeed_data.pretrain import BlendedSamples, check_weights
 
 pytestmark = pytest.mark.usefixtures("megatron")
 SIZES, WEIGHTS = (40, 7, 13), (6.0, 3.0, 1.0)

@@ -155,6 +155,7 @@ def test_unusable_text_is_said(corpora: tuple[Path, ...], tmp_path: Path) -> Non
     for arguments, said in [
         ((tmp_path / "none",), "no data set of that prefix"),
         (({str(corpora[0]): 1, str(corpora[1]): 0},), "every weight of a blend must be above 0"),
+        (({str(corpora[0]): 1, str(corpora[1]): float("nan")},), "every weight of a blend must be above 0"),
         ((corpus(tmp_path / "empty", [0, 0]),), "hold no tokens"),
     ]:
         with pytest.raises(InputError, match=said):

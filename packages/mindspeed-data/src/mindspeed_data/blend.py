@@ -10,17 +10,10 @@ begins as a shorter one does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from mindspeed_core.errors import InputError
 from mindspeed_data.batches import Stream
 from mindspeed_data.pretrain import BlendedSamples, Samples, interleave, normal
-
-
-def check_weights(key: str, weights: Mapping[str, float]) -> None:
-    """Refuse what is no blend."""
-    if not weights or any(not (math.isfinite(weight) and weight > 0) for weight in weights.values()):
-        raise InputError(f"{key}: every weight of a blend must be above 0: {dict(weights)}")
 
 
 def blend(

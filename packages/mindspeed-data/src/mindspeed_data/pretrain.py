@@ -147,8 +147,7 @@ class _Maker:
     def blend(self, blend: Blend, share: tuple[float, float], samples: int) -> Samples:
         if not isinstance(blend, Mapping):
             return self.single(blend, share, samples)
-        if not blend or any(weight <= 0 for weight in blend.values()):
-            raise InputError(f"every weight of a blend must be above 0: {dict(blend)}")
+        check_weights("data", blend)
         if len(blend) == 1:
             return self.single(next(iter(blend)), share, samples)
         weights = normal(list(blend.values()))
@@ -215,6 +214,12 @@ def _shares(split: str | Sequence[float] | None) -> tuple[tuple[float, float], t
         raise InputError(f"data.split: {split!r}: two or three weights are expected, for training and evaluation: 95,5")
     training, evaluation, *_ = normal([*weights, 0.0][:3])
     return (0.0, training), (training, training + evaluation) if evaluation > 0 else None
+
+
+def check_weights(key: str, weights: Mapping[Any, float]) -> None:
+    """Refuse what is no blend."""
+    if not weights or any(not (math.isfinite(weight) and weight > 0) for weight in weights.values()):
+        raise InputError(f"{key}: every weight of a blend must be above 0: {dict(weights)}")
 
 
 def normal(weights: Sequence[float]) -> list[float]:

@@ -9,10 +9,10 @@ from mindspeed_core.errors import InputError
 from mindspeed_core.parallel.context import length_multiple
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.batches import Collate, pad
-from mindspeed_data.blend import blend, check_weights
+from mindspeed_data.blend import blend
 from mindspeed_data.instruction import InstructionSamples
 from mindspeed_data.packing import PackedFiles, PackedSamples
-from mindspeed_data.pretrain import Samples
+from mindspeed_data.pretrain import Samples, check_weights
 from mindspeed_data.sidecar import instruction_prefix, packed_length
 from mindspeed_train.config import Recipe
 from mindspeed_train.model import Model
