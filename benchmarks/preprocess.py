@@ -4,12 +4,15 @@
     python benchmarks/preprocess.py --tokenizer DIR --input a.jsonl  other text: rows of {"text": ...}
     ... --write NAME                                                 also as a section of benchmarks/results/preprocess.md
 
-Every side is a process of its own and gets the same file. "cold" is the whole process, from its start to files on the disk;
-"warm" is the same work once more in that process, for which ours loads its tokenizer again and the peers keep theirs. Beside the seconds of the clock stand those of the processor, of all processes
-of a side: on a shared machine they are what can be compared. The ids of all sides are compared. The Megatron-style loop is that of its
+Every side is a process of its own and gets the same file. "cold" is the whole process, from its start to files on the disk; "warm"
+is the same work once more in that process, for which our command loads its tokenizer again and the peers keep theirs. Beside the
+seconds of the clock stand those of the processor, of all processes of a side. The ids of all sides are compared. The Megatron-style loop is that of its
 `preprocess_data.py`: a document at a time through the tokenizer of transformers, in one process or in a pool, into
-`megatron.core`'s IndexedDatasetBuilder. The bare tokenizer encodes texts that lie in memory, and writes nothing; its ids
-can differ where a text is not in Unicode's normal form.
+`megatron.core`'s IndexedDatasetBuilder.
+
+The bare tokenizer writes nothing: it encodes texts that lie in memory, or reads the rows of the file by itself; its ids can differ
+where a text is not in Unicode's normal form. It and "without its start" are timed once everything is loaded; its cache of words is
+empty when they are cold, and full when they are warm.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +58,10 @@ def ours(tokenizer: Path, corpus: Path, folder: Path, workers: int) -> str:
     return hashlib.sha256((folder / "ours_text_document.bin").read_bytes()).hexdigest()
 
 
-def rows_to_ids(tokenizer: Path, corpus: Path, folder: Path, workers: int) -> str:
-    """Once everything is loaded: rows are read, checked and encoded. That alone is timed, as of the bare tokenizer."""
-    return _loop(tokenizer, corpus, None)
-
-
-def without_start(tokenizer: Path, corpus: Path, folder: Path, workers: int) -> str:
-    """The same with ids hashed and written to the disk."""
-    return _loop(tokenizer, corpus, folder / "loop")
-
-
-def _loop(tokenizer: Path, corpus: Path, prefix: Path | None) -> str:
+@functools.cache
+def _job(tokenizer: Path, corpus: Path) -> Any:
     from mindspeed_core.tokenizer import Tokenizer
-    from mindspeed_data import formats, readers
-    from mindspeed_data.indexed import IndexedWriter
+    from mindspeed_data import formats
     from mindspeed_data.sources import find
     from mindspeed_data.tokenize import TextJob
 
@@ -78,21 +72,31 @@ def _loop(tokenizer: Path, corpus: Path, prefix: Path | None) -> str:
         keys=formats.TEXT.keys,
         fast=True,
     )
-    work, writer, hashed, untimed = job.start(), prefix and IndexedWriter(prefix), hashlib.sha256(), 0.0
-    start = time.process_time()
-    for chunk in readers.chunks(job.sources):
-        encoded = work(chunk)
-        if writer:
+    return job, job.start()
+
+
+def without_start(tokenizer: Path, corpus: Path, folder: Path, workers: int) -> str:
+    """Once everything is loaded: rows are read, checked, encoded, hashed and on the disk."""
+    from mindspeed_data import readers
+    from mindspeed_data.indexed import IndexedWriter
+
+    job, work = _job(tokenizer, corpus)
+    writer = IndexedWriter(folder / "loop")
+    with timed():
+        for encoded in work.map(readers.chunks(job.sources)):
             writer.add(encoded.arrays["text"], encoded.lengths)
-        begun = time.process_time()
-        hashed.update(encoded.arrays["text"].data)
-        untimed += time.process_time() - begun
-    if writer:
         writer.finish()
-    told["seconds"] = time.process_time() - start - untimed
-    if writer:
-        writer.close()
-    return hashed.hexdigest()
+    hashed = hashlib.sha256((folder / "loop.bin.tmp").read_bytes()).hexdigest()
+    writer.discard()
+    return hashed
+
+
+@contextmanager
+def timed() -> Iterator[None]:
+    """Time a part of a side instead of the whole process."""
+    start = time.perf_counter(), time.process_time()
+    yield
+    told.update(seconds=time.perf_counter() - start[0], processor=time.process_time() - start[1])
 
 
 def megatron(tokenizer: Path, corpus: Path, folder: Path, workers: int) -> str:
@@ -163,36 +167,37 @@ def datasets_map(tokenizer: Path, corpus: Path, folder: Path, workers: int) -> s
     return hashed.hexdigest()
 
 
-def bare(tokenizer: Path, corpus: Path, _: Path, workers: int) -> str:
-    """gigatoken alone, on one thread, with its cache empty; only the encoding is timed, in seconds of the processor."""
+@functools.cache
+def _gigatoken(tokenizer: Path) -> Any:
     from gigatoken import Tokenizer as Gigatoken
 
     from mindspeed_core.tokenizer import Tokenizer
 
+    gigatoken = Gigatoken.from_json(Tokenizer.load(tokenizer).json)
+    gigatoken.encode_batch([""], parallel=False)  # it imports the library of its result
+    return gigatoken
+
+
+def bare(tokenizer: Path, corpus: Path, _: Path, workers: int) -> str:
+    """gigatoken alone, of texts that lie in memory, on one thread."""
     texts = [json.loads(line)["text"] for line in corpus.read_bytes().splitlines()]
-    encode = Gigatoken.from_json(Tokenizer.load(tokenizer).json).encode
-    start = time.process_time()
-    ids = [encode(text) for text in texts]
-    told["seconds"] = time.process_time() - start
+    encode = _gigatoken(tokenizer).encode
+    with timed():
+        ids = [encode(text) for text in texts]
     return hashlib.sha256(np.concatenate(ids).astype(np.int32).tobytes()).hexdigest()
 
 
 def bare_file(tokenizer: Path, corpus: Path, _: Path, workers: int) -> str:
     """gigatoken reading the rows of the file by itself, on one thread, into memory: the same input as ours, nothing written."""
     from gigatoken import JsonlFileSource
-    from gigatoken import Tokenizer as Gigatoken
 
-    from mindspeed_core.tokenizer import Tokenizer
-
-    gigatoken, source = Gigatoken.from_json(Tokenizer.load(tokenizer).json), JsonlFileSource([corpus])
-    gigatoken.encode_batch([""], parallel=False)  # it imports the library of its result
-    start = time.process_time()
-    ids = gigatoken.encode_files(source, parallel=False)
-    told["seconds"] = time.process_time() - start
+    gigatoken, source = _gigatoken(tokenizer), JsonlFileSource([corpus])
+    with timed():
+        ids = gigatoken.encode_files(source, parallel=False)
     return hashlib.sha256(ids.layout.content.data.astype(np.int32).tobytes()).hexdigest()
 
 
-told: dict[str, float] = {}  # what a side measured itself
+told: dict[str, float] = {}  # what a side timed itself
 KINDS = ("cold", "cold cpu", "warm", "warm cpu")
 SIDES: dict[str, tuple[Callable[[Path, Path, Path, int], str], int]] = {
     "mindspeed-data, 1 process": (ours, 1),
@@ -202,7 +207,6 @@ SIDES: dict[str, tuple[Callable[[Path, Path, Path, int], str], int]] = {
     "datasets.map, 1 process": (datasets_map, 1),
     "datasets.map, num_proc=2": (datasets_map, 2),
     "mindspeed-data without its start": (without_start, 1),
-    "mindspeed-data, rows to ids": (rows_to_ids, 1),
     "gigatoken reading the file, 1 thread": (bare_file, 1),
     "gigatoken of texts in memory, 1 thread": (bare, 1),
 }
@@ -232,8 +236,8 @@ def measure(name: str, tokenizer: Path, corpus: Path) -> dict[str, Any]:
     process.wait()
     first, second = lines
     assert first["ids"] == second["ids"]
-    if "seconds" in first:  # timed by itself, on one thread
-        seconds = (first["seconds"], first["seconds"], second["seconds"], second["seconds"])
+    if "seconds" in first:
+        seconds = [run[name] for run in (first, second) for name in ("seconds", "processor")]
         return {"ids": first["ids"], **dict(zip(KINDS, seconds, strict=True))}
     return {
         "ids": first["ids"],
@@ -321,15 +325,16 @@ def compare(arguments: argparse.Namespace, corpus: Path) -> str:
         rates = " | ".join(f"{documents / s:,.0f}, {size / s / 1e6:,.1f}" for s in seconds)
         lines.append(f"| {name} | {rates} | {', '.join(f'{ratio:,.2f}' for ratio in ratios)} |")
     own = "mindspeed-data without its start"
-    alone = [name for name in chosen if SIDES[name][0] in (bare, bare_file)]
-    if own in chosen and alone:
-        told = ", ".join(f"{_ratio(runs[name], runs[own]):.2f} of {name}" for name in alone)
-        lines += ["", f"Rows of the file to hashed files of ids, in seconds of the processor, cold: at {told}."]
+    for name in chosen if own in chosen else []:
+        if SIDES[name][0] in (bare, bare_file):
+            of = zip(runs[name], runs[own], strict=True)
+            ratios = [
+                statistics.median(column)
+                for column in zip(*([t[k] / m[k] for k in KINDS] for t, m in of), strict=False)
+            ]
+            rates = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in zip(KINDS, ratios, strict=True))
+            lines += ["", f"Rows of the file to hashed files of ids, {name} = 1: {rates}."]
     return "\n".join(lines)
-
-
-def _ratio(theirs: list[dict[str, Any]], mine: list[dict[str, Any]]) -> float:
-    return statistics.median(their["cold cpu"] / my["cold cpu"] for my, their in zip(mine, theirs, strict=True))
 
 
 if __name__ == "__main__":

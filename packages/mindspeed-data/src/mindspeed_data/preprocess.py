@@ -28,6 +28,7 @@ from mindspeed_core.cli import console, progress
 from mindspeed_core.conversation import IGNORED
 from mindspeed_core.errors import InputError, writing
 from mindspeed_data import __version__, arrange, parts, readers
+from mindspeed_data.encoder import EncoderError, encoders_agree
 from mindspeed_data.indexed import IndexedWriter, path_of, rename
 from mindspeed_data.journal import GrowingFile, Journal, Line, Mark, described
 from mindspeed_data.plan import Plan
@@ -36,7 +37,8 @@ from mindspeed_data.readers import Chunk, Fault, Row, Rows
 from mindspeed_data.sentences import SentenceJob
 from mindspeed_data.sidecar import LEFT_OUT, ORIGIN, Sidecar
 from mindspeed_data.sources import Source, changed, check_name, stamps
-from mindspeed_data.tokenize import Encoded, EncoderError, Job, TextJob, encoders_agree
+from mindspeed_data.stages import Stages
+from mindspeed_data.tokenize import Encoded, Job, TextJob
 
 NAMED = 10  # rows left out that are named one by one on the terminal
 PROBED = 64  # texts of the run on which the fast encoder must prove itself
@@ -284,13 +286,12 @@ class _Run:
         first, after = (0, (0, 0)) if line is None else (line["chunk"] + 1, tuple(line["after"]))
         columns = self.job.keys.values()
         chunks = readers.chunks(self.job.sources, columns=columns, after=after, shard=self.plan.shard)
+        sent: deque[tuple[int, Chunk]] = deque()  # those whose results have not come back yet
         if workers == 1:
-            work = self.job.start()
-            for number, chunk in enumerate(chunks, first):
-                yield number, chunk, parts.read(self.parts, number) or work(chunk)
+            for encoded in self._resumed(self.job.start()).map(_noted(enumerate(chunks, first), sent)):
+                yield *sent.popleft(), encoded
             return
         self.parts.mkdir(exist_ok=True)
-        sent: deque[tuple[int, Chunk]] = deque()  # those whose results have not come back yet
         with Pool(parts.PartsJob(self.job, self.parts), workers) as pool:
             for _ in pool.map(_noted(enumerate(chunks, first), sent)):
                 number, chunk = sent.popleft()
@@ -298,6 +299,14 @@ class _Run:
                 if encoded is None:  # a worker has just written it
                     raise InputError(f"{self.parts}: what a worker has left there is gone or damaged; run again")
                 yield number, chunk, encoded
+
+    def _resumed(self, work: Stages[Chunk, Encoded]) -> Stages[tuple[int, Chunk], Encoded]:
+        """The work on numbered chunks, of which an earlier run may have left results."""
+        return Stages(
+            read=lambda numbered: parts.read(self.parts, numbered[0]) or work.read(numbered[1]),
+            encode=lambda read: read if isinstance(read, Encoded) else work.encode(read),
+            beside=work.beside,
+        )
 
     # ----------------------------------------------------------------------------------------------- second pass
 
@@ -441,6 +450,8 @@ def _workers(job: Job, asked: int | None) -> int:
     if asked is not None:
         return max(1, min(asked, -(-size // readers.CHUNK)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if job.at_once:
+        cores -= 1  # one process keeps two of them busy, and more are faster than one can write
     return max(1, min(cores, size // (FAST_SHARE if job.fast else SLOW_SHARE)))
 
 

@@ -20,7 +20,7 @@ from mindspeed_core.errors import InputError
 from mindspeed_core.tokenizer import Tokenizer
 from mindspeed_data.readers import Chunk, Rows
 from mindspeed_data.sidecar import SENTENCE
-from mindspeed_data.tokenize import Encoded, TextJob
+from mindspeed_data.tokenize import Encoded, Job, TextJob
 
 OPENING = (
     "“‘「『《〈【（"  # begins a sentence, where the rules leave it to the one before: Chinese has no blank between them
@@ -38,6 +38,8 @@ class SentenceJob(TextJob):
 
     outputs: ClassVar[Mapping[str, str]] = {"text": SENTENCE}
     beside: ClassVar[str] = SENTENCE
+
+    at_once, start = Job.at_once, Job.start  # sentence by sentence
 
     def described(self) -> dict[str, Any]:
         return {**super().described(), "sentences": self.language, "keep_newlines": self.keep_newlines}

@@ -1,36 +1,33 @@
-"""Rows to ids: what a worker does with a chunk, and which library encodes."""
+"""Rows to ids: what a worker does with a chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-from unicodedata import is_normalized
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mindspeed_core.conversation import IGNORED
 from mindspeed_core.tokenizer import Tokenizer
+from mindspeed_data.encoder import EncoderError, ManyEncoder, framed, gigatoken_encoder, gigatoken_of_many, one_by_one
 from mindspeed_data.formats import Format
 from mindspeed_data.readers import Chunk, Fault, Rows, Source
 from mindspeed_data.shorten import Longer, shorten
 from mindspeed_data.sidecar import INSTRUCTION, PACKED, TEXT
+from mindspeed_data.stages import Stages
 
 if TYPE_CHECKING:
     from mindspeed_core.conversation import Learn
     from mindspeed_core.templates import Template, TokenizerTemplate
 
-CHECKED = 20_000  # characters of a text that both encoders are compared on before the run
-CHECKED_AGAIN = 250  # and in every chunk, where the slower one would take a quarter of the time otherwise
+CHECKED = 250  # characters of a text of every chunk that both encoders are compared on; more would cost too much
+MANY = 128 << 20  # bytes of input that outweigh the start of the encoder of many texts
 
-Encoder = Callable[[str], Any]  # text -> ids, as a list or an array
+SURROGATE = "half of a surrogate pair, not text"
 Ids = TypeVar("Ids")
-
-
-class EncoderError(Exception):
-    """The fast encoder gave other ids than `tokenizers` does; the run starts again without it."""
 
 
 @dataclass
@@ -66,11 +63,16 @@ class Job:
         """Return what the sidecar says of this kind of data alone."""
         raise NotImplementedError
 
-    def start(self) -> Callable[[Chunk], Encoded]:
+    @property
+    def at_once(self) -> bool:
+        """True where many texts are encoded at once, beside the reading and writing of others."""
+        return False
+
+    def start(self) -> Stages[Chunk, Encoded]:
         """Return the function from a chunk to its ids."""
         encoder = gigatoken_encoder(self.tokenizer) if self.fast else None
         tokenizer = self.tokenizer.with_encoder(encoder)
-        return lambda chunk: self._encode(chunk, tokenizer)
+        return Stages(lambda chunk: chunk, lambda chunk: self._encode(chunk, tokenizer))
 
     def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
         raise NotImplementedError
@@ -97,7 +99,7 @@ class Job:
             try:
                 ids = encode(sample)
             except (TypeError, UnicodeError):  # "\ud800" written in JSON
-                faults.append(Fault(piece, line, "half of a surrogate pair, not text"))
+                faults.append(Fault(piece, line, SURROGATE))
             except ValueError as error:
                 faults.append(Fault(piece, line, str(error)))
             else:
@@ -105,7 +107,7 @@ class Job:
 
     def _proven(self, tokenizer: Tokenizer, text: str) -> None:
         """Compare both encoders on the beginning of one more text of the run."""
-        part = text[:CHECKED_AGAIN]
+        part = text[:CHECKED]
         if self.fast and tokenizer.encode(part) != self.tokenizer.encode(part):
             raise EncoderError
 
@@ -123,21 +125,63 @@ class TextJob(Job):
     def described(self) -> dict[str, Any]:
         return {"kind": "pretrain", "bos": self.bos, "eod": self.eod}
 
-    def _encode(self, chunk: Chunk, tokenizer: Tokenizer) -> Encoded:
+    @property
+    def at_once(self) -> bool:
+        return self.fast and sum(source.size for source in self.sources) >= MANY
+
+    def start(self) -> Stages[Chunk, Encoded]:
+        if self.at_once:
+            return Stages(self._texts, partial(self._encoded_texts, gigatoken_of_many(self.tokenizer)), beside=True)
+        one = gigatoken_encoder(self.tokenizer) if self.fast else self.tokenizer.encode
+        return Stages(self._texts, partial(self._encoded_texts, one_by_one(one)))
+
+    def _texts(self, chunk: Chunk) -> _Texts:
+        """The rows of a chunk, read and checked."""
         rows, faults = Rows(chunk, self.sources), []
-        before = [] if self.bos is None else [np.array([self.bos], np.uint32)]
-        after = [] if self.eod is None else [np.array([self.eod], np.uint32)]
-        encode = tokenizer.encoder or tokenizer.encode
-        parts, lengths, places = [], [], []
-        for place, text, ids in self._encoded(rows, faults, encode):
-            if not lengths:
-                self._proven(tokenizer, text)
-            parts += [*before, np.asarray(ids, np.uint32), *after]
-            lengths.append(len(ids) + len(before) + len(after))
+        texts, places = [], []
+        for place, text, _ in self._encoded(rows, faults, lambda text: text):
+            texts.append(text)
             places.append(place)
-        ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
+        probe = texts[0][:CHECKED].encode(errors="ignore").decode() if self.fast and texts else ""
+        return _Texts(texts, places, faults, rows.lines, probe, self.tokenizer.encode(probe))
+
+    def _encoded_texts(self, encode: ManyEncoder, read: _Texts) -> Encoded:
+        try:
+            ids, lengths = encode([*read.texts, read.probe])
+        except (TypeError, UnicodeError):
+            read = read.without_surrogates()
+            ids, lengths = encode([*read.texts, read.probe])
+        ids, probed = np.split(ids, [len(ids) - lengths[-1]])
+        if probed.tolist() != read.expected:
+            raise EncoderError
+        ids, lengths = framed((ids, lengths[:-1]), self.bos, self.eod)
         ids = ids.view(np.int32) if self.dtype == np.int32 else ids.astype(self.dtype)
-        return Encoded({"text": ids}, np.array(lengths, np.int32), places, faults, rows.lines)
+        return Encoded({"text": ids}, lengths, read.places, read.faults, read.lines)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What a chunk holds of text, before it is encoded."""
+
+    texts: list[str]
+    places: list[tuple[int, int]]
+    faults: list[Fault]
+    lines: list[int]
+    probe: str  # one more text, and the ids that any encoder has to give it
+    expected: list[int]
+
+    def without_surrogates(self) -> _Texts:
+        """What is left where those are faults that hold half of a pair: "\\ud800" written in JSON is no text."""
+        kept, faults = [], list(self.faults)
+        for text, place in zip(self.texts, self.places, strict=True):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                faults.append(Fault(*place, SURROGATE))
+            else:
+                kept.append((text, place))
+        texts, places = [text for text, _ in kept], [place for _, place in kept]
+        return replace(self, texts=texts, places=places, faults=sorted(faults))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,39 +241,3 @@ def _behind_another(labels: NDArray[Any]) -> NDArray[Any]:
     drops it, and so it is not counted."""
     labels[:1] = IGNORED
     return labels
-
-
-def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder:
-    """Return gigatoken's encoder of a tokenizer, on one thread.
-
-    What a normalizer would change goes to `tokenizers` itself: gigatoken does not order all combining marks as it does.
-    """
-    fast, plain = _gigatoken(tokenizer), tokenizer.with_encoder(None).encode
-    if tokenizer.backend.normalizer is None:
-        return fast
-    return lambda text: fast(text) if text.isascii() or is_normalized("NFC", text) else plain(text)
-
-
-@lru_cache(maxsize=1)  # the one that proved itself is the one that is used
-def _gigatoken(tokenizer: Tokenizer) -> Encoder:
-    from gigatoken import Tokenizer as Gigatoken
-
-    return Gigatoken.from_json(tokenizer.json).backend.encode
-
-
-def encoders_agree(tokenizer: Tokenizer, texts: Iterable[str]) -> bool:
-    """True when gigatoken gives the ids of `tokenizers` for these texts and for every added token within a text."""
-    added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
-    probes = ["", " ", "  \n x", " lead ", "e\u0301 ﬁ \u200b\u3000", "\U0001f642", "".join(added)]
-    probes += [f"a{token} b{token}" for token in added[:1000]]
-    try:
-        encode = gigatoken_encoder(tokenizer)
-        for text in (*probes, *texts):
-            part = text[:CHECKED]
-            if list(encode(part)) != tokenizer.encode(part):
-                return False
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # what it does not know it refuses, at times with a panic, which is no Exception
-        return False
-    return True
