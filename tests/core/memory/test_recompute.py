@@ -110,6 +110,7 @@ def test_groups_end_with_the_chunk() -> None:
     ("values", "says"),
     [
         ({"recompute_layers": 2}, "recompute_layers: is about whole layers; set recompute: full too"),
+        ({"recompute": "full", "recompute_per_rank": True}, "recompute_per_rank: is how recompute_layers counts"),
         ({"recompute": "selective", "recompute_method": "uniform"}, "recompute_method: is about whole layers"),
         (
             {"recompute": "full", "recompute_method": "uniform", "recompute_norm": True},

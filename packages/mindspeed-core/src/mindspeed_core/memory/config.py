@@ -45,6 +45,8 @@ class MemoryConfig(Section):
                 if full and getattr(self, name):
                     problems.append(f"{name}: uniform recomputes every layer whole; use recompute_method: block")
         elif full and self.recompute_layers is None:
+            if self.recompute_per_rank:
+                problems.append("recompute_per_rank: is how recompute_layers counts; set that too, or leave it out")
             problems += [
                 f"{name}: recompute: full takes every layer whole; set recompute_layers too, or leave it out"
                 for name in PARTLY
