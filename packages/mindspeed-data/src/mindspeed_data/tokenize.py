@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from mindspeed_core.conversation import IGNORED
 from mindspeed_core.tokenizer import Tokenizer
-from mindspeed_data.encoder import EncoderError, ManyEncoder, framed, gigatoken_encoder, gigatoken_of_many, one_by_one
+from mindspeed_data.encoder import (
+    EncoderError,
+    ManyEncoder,
+    beginning,
+    framed,
+    gigatoken_encoder,
+    gigatoken_of_many,
+    one_by_one,
+)
 from mindspeed_data.formats import Format
 from mindspeed_data.readers import Chunk, Fault, Rows, Source
 from mindspeed_data.shorten import Longer, shorten
@@ -142,7 +150,7 @@ class TextJob(Job):
         for place, text, _ in self._encoded(rows, faults, lambda text: text):
             texts.append(text)
             places.append(place)
-        probe = texts[0][:CHECKED].encode(errors="ignore").decode() if self.fast and texts else ""
+        probe = beginning(texts[0], CHECKED) if self.fast and texts else ""
         return _Texts(texts, places, faults, rows.lines, probe, self.tokenizer.encode(probe))
 
     def _encoded_texts(self, encode: ManyEncoder, read: _Texts) -> Encoded:
