@@ -109,7 +109,8 @@ def test_many_at_once_write_the_same_files(
 ) -> None:
     monkeypatch.setattr(readers, "CHUNK", 4000)
 
-    def written(name: str, workers: int) -> dict[str, bytes]:
+    def written(name: str, workers: int, *, fast: bool) -> dict[str, bytes]:
+        monkeypatch.setattr(preprocess, "encoders_agree", lambda *_: fast)
         folder = rows.parent / name
         job = TextJob(
             sources=find([rows]),
@@ -123,21 +124,17 @@ def test_many_at_once_write_the_same_files(
         preprocess.run(job, folder / "x", workers=workers)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    expected = written("one by one", 1)
+    expected = written("one by one", 1, fast=False)
     assert expected["x_text_document.left_out.jsonl"].count(b"half of a surrogate pair") == 308
     places = [json.loads(line)["line"] for line in expected["x_text_document.left_out.jsonl"].splitlines()]
     assert places == sorted(places)
-    monkeypatch.setattr(tokenize, "MANY", 0)
-    assert written("at once", workers) == expected
+    assert written("at once", workers, fast=True) == expected
 
 
-@pytest.mark.parametrize("many", [0, tokenize.MANY])
 def test_an_encoder_that_disagrees_later_is_given_up(
-    tiny: Tokenizer, rows: Path, monkeypatch: pytest.MonkeyPatch, many: int, capsys: pytest.CaptureFixture[str]
+    tiny: Tokenizer, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tokenize, "MANY", many)
     monkeypatch.setattr(preprocess, "encoders_agree", lambda *_: True)
-    monkeypatch.setattr(tokenize, "gigatoken_encoder", lambda _: lambda text: [0])
     monkeypatch.setattr(tokenize, "gigatoken_of_many", lambda _: one_by_one(lambda text: [0]))
     from mindspeed_data.indexed import IndexedDataset
 

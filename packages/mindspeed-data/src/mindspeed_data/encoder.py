@@ -38,7 +38,7 @@ def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder:
 def gigatoken_of_many(tokenizer: Tokenizer) -> ManyEncoder:
     """Return gigatoken's encoder of many texts, on one thread; other threads run Python meanwhile.
 
-    It needs the library of its result, which takes a fifth of a second and 40 MB to load: for small input that is too much.
+    It needs the library of its result, which takes a fifth of a second to load.
     """
     encode, plain = _gigatoken(tokenizer).encode_batch, tokenizer.with_encoder(None).encode
     all_normal = tokenizer.backend.normalizer is None

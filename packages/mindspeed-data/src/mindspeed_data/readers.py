@@ -33,7 +33,7 @@ from mindspeed_core.errors import InputError
 from mindspeed_data.json_array import BOM, ArrayError, elements, reason_of, too_long
 from mindspeed_data.sources import Source, changed, opened
 
-CHUNK = 4 << 20  # bytes of uncompressed input per chunk
+CHUNK = 2 << 20  # bytes of uncompressed input per chunk
 ROW_LIMIT = 64 << 20  # bytes; what is longer is no row but another kind of file
 BLOCK = 1 << 20  # bytes that are read at once
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from mindspeed_core.templates import Template, TokenizerTemplate
 
 CHECKED = 250  # characters of a text of every chunk that both encoders are compared on; more would cost too much
-MANY = 128 << 20  # bytes of input that outweigh the start of the encoder of many texts
 
 SURROGATE = "half of a surrogate pair, not text"
 Ids = TypeVar("Ids")
@@ -135,13 +134,11 @@ class TextJob(Job):
 
     @property
     def at_once(self) -> bool:
-        return self.fast and sum(source.size for source in self.sources) >= MANY
+        return self.fast
 
     def start(self) -> Stages[Chunk, Encoded]:
-        if self.at_once:
-            return Stages(self._texts, partial(self._encoded_texts, gigatoken_of_many(self.tokenizer)), beside=True)
-        one = gigatoken_encoder(self.tokenizer) if self.fast else self.tokenizer.encode
-        return Stages(self._texts, partial(self._encoded_texts, one_by_one(one)))
+        encode = gigatoken_of_many(self.tokenizer) if self.fast else one_by_one(self.tokenizer.encode)
+        return Stages(self._texts, partial(self._encoded_texts, encode), beside=self.at_once)
 
     def _texts(self, chunk: Chunk) -> _Texts:
         """The rows of a chunk, read and checked."""
