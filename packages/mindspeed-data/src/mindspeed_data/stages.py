@@ -1,11 +1,10 @@
 """What becomes of a chunk, in two steps: its rows are read, then they are encoded.
 
-Where a library encodes without Python's lock, it does so in a thread, while the chunk before is written and the next is read.
+Where a library encodes without Python's lock, it does so in a thread, while the rows of the next chunk are read.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,16 +26,17 @@ class Stages(Generic[Item, Result]):
         return self.encode(self.read(item))
 
     def map(self, items: Iterable[Item]) -> Iterator[Result]:
-        """Yield the result of each item, in their order. Where encoding allows it, the next item is encoded while the caller
-        has a result, and the one behind it is read: a kill takes two items then instead of one."""
+        """Yield the result of each item, in their order. Where encoding allows it, the next item is read meanwhile; its own
+        encoding waits until the caller is done with the result, so that a kill takes no more than one item."""
         if not self.beside:
             yield from map(self, items)
             return
-        under_way: deque[Future[Result]] = deque()
+        under_way: Future[Result] | None = None
         with ThreadPoolExecutor(1) as thread:  # its end waits for what is being encoded
             for item in items:
-                under_way.append(thread.submit(self.encode, self.read(item)))
-                if len(under_way) > 1:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                read = self.read(item)
+                if under_way is not None:
+                    yield under_way.result()
+                under_way = thread.submit(self.encode, read)
+            if under_way is not None:
+                yield under_way.result()

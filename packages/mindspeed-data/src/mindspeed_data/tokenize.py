@@ -72,7 +72,7 @@ class Job:
 
     @property
     def at_once(self) -> bool:
-        """True where many texts are encoded at once, beside the reading and writing of others."""
+        """True where many texts are encoded at once, while others are read."""
         return False
 
     def start(self) -> Stages[Chunk, Encoded]:
