@@ -6,9 +6,9 @@
 
 Every side is a process of its own and gets the same file. "cold" is the whole process, from its start to files on the disk; "warm"
 is the same work once more in that process, for which our command loads its tokenizer again and the peers keep theirs. Beside the
-seconds of the clock stand those of the processor, of all processes of a side. The ids of all sides are compared. The Megatron-style loop is that of its
-`preprocess_data.py`: a document at a time through the tokenizer of transformers, in one process or in a pool, into
-`megatron.core`'s IndexedDatasetBuilder.
+seconds of the clock stand those of the processor, of all processes of a side. The ids of all sides are compared. The
+Megatron-style loop is that of its `preprocess_data.py`: a document at a time through the tokenizer of transformers, in one
+process or in a pool, into `megatron.core`'s IndexedDatasetBuilder.
 
 The bare tokenizer writes nothing: it encodes texts that lie in memory, or reads the rows of the file by itself; its ids can differ
 where a text is not in Unicode's normal form. It and "without its start" are timed once everything is loaded; its cache of words is
@@ -316,25 +316,23 @@ def compare(arguments: argparse.Namespace, corpus: Path) -> str:
     ]
     for name in chosen:
         seconds = [statistics.median(run[kind] for run in runs[name]) for kind in KINDS]
-        ratios = [
-            statistics.median(
-                theirs[kind] / mine[kind] for mine, theirs in zip(runs[name], runs[reference], strict=True)
-            )
-            for kind in KINDS
-        ]
+        ratios = _ratios(runs[reference], runs[name])
         rates = " | ".join(f"{documents / s:,.0f}, {size / s / 1e6:,.1f}" for s in seconds)
         lines.append(f"| {name} | {rates} | {', '.join(f'{ratio:,.2f}' for ratio in ratios)} |")
     own = "mindspeed-data without its start"
     for name in chosen if own in chosen else []:
         if SIDES[name][0] in (bare, bare_file):
-            of = zip(runs[name], runs[own], strict=True)
-            ratios = [
-                statistics.median(column)
-                for column in zip(*([t[k] / m[k] for k in KINDS] for t, m in of), strict=False)
-            ]
-            rates = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in zip(KINDS, ratios, strict=True))
+            ratios = zip(KINDS, _ratios(runs[name], runs[own]), strict=True)
+            rates = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in ratios)
             lines += ["", f"Rows of the file to hashed files of ids, {name} = 1: {rates}."]
     return "\n".join(lines)
+
+
+def _ratios(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[float]:
+    """How many times as long as we they took, of each kind: medians over the rounds."""
+    return [
+        statistics.median(their[kind] / our[kind] for their, our in zip(theirs, ours, strict=True)) for kind in KINDS
+    ]
 
 
 if __name__ == "__main__":

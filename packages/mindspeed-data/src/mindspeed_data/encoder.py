@@ -65,16 +65,8 @@ def one_by_one(encode: Encoder) -> ManyEncoder:
     """Return an encoder of many texts from that of one."""
 
     def many(texts: Sequence[str]) -> Ids:
-        ids, size, lengths = np.empty(1 << 20, np.uint32), 0, []
-        for text in texts:  # copied as they come, while the CPU holds them in its cache
-            found = encode(text)
-            stop = size + len(found)
-            if stop > len(ids):
-                ids = np.concatenate((ids[:size], np.empty(stop, np.uint32)))
-            ids[size:stop] = found
-            size = stop
-            lengths.append(len(found))
-        return ids[:size], np.array(lengths, np.int32)
+        found = [np.array(encode(text), np.uint32) for text in texts]
+        return np.concatenate([np.empty(0, np.uint32), *found]), np.array([len(ids) for ids in found], np.int32)
 
     return many
 

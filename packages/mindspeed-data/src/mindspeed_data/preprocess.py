@@ -451,7 +451,7 @@ def _workers(job: Job, asked: int | None) -> int:
         return max(1, min(asked, -(-size // readers.CHUNK)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if job.at_once:
-        cores -= 1  # one process keeps two of them busy
+        cores -= 1  # for the process that writes, or, where that encodes too, for its thread
     return max(1, min(cores, size // (FAST_SHARE if job.fast else SLOW_SHARE)))
 
 
